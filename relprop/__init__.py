@@ -1,0 +1,74 @@
+"""relprop: layer-wise relevance propagation as a JAX function transformation."""
+
+from . import plot, presets
+from .composite import Composite
+from .errors import (
+    ArgumentError,
+    NonFiniteRelevanceWarning,
+    NotDifferentiableError,
+    RelpropError,
+    RuleError,
+    TargetError,
+    UnknownPrimitiveError,
+    UnusedSelectorWarning,
+)
+from .plan import Plan
+from .registry import register
+from .rules.activation import Deconvnet, Gradient, GuidedBackprop, Identity, Pass
+from .rules.affine import AlphaBeta, Epsilon, Gamma, Zero, ZPlus
+from .rules.base import RelevanceRule, Rule
+from .rules.merge import Norm, ProportionalPool, ResidualGamma
+from .rules.relative import Flat, WSquare, ZBox
+from .selectors import first, kind, last, optional, path, primitive, scope, where
+from .surrogate import scale_tangent, stabilize, with_tangent
+from .transform import explain, plan, value_and_explain, vjp
+
+__version__ = "0.1.0"
+__all__ = [
+    "AlphaBeta",
+    "ArgumentError",
+    "Composite",
+    "Deconvnet",
+    "Epsilon",
+    "Flat",
+    "Gamma",
+    "Gradient",
+    "GuidedBackprop",
+    "Identity",
+    "NonFiniteRelevanceWarning",
+    "Norm",
+    "NotDifferentiableError",
+    "Pass",
+    "Plan",
+    "ProportionalPool",
+    "RelevanceRule",
+    "RelpropError",
+    "ResidualGamma",
+    "Rule",
+    "RuleError",
+    "TargetError",
+    "UnknownPrimitiveError",
+    "UnusedSelectorWarning",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "Zero",
+    "explain",
+    "first",
+    "kind",
+    "last",
+    "optional",
+    "path",
+    "plan",
+    "plot",
+    "presets",
+    "primitive",
+    "register",
+    "scale_tangent",
+    "scope",
+    "stabilize",
+    "value_and_explain",
+    "vjp",
+    "where",
+    "with_tangent",
+]

@@ -1,0 +1,210 @@
+"""Groups of equations around one core: affine layers with their chains, pools with their scale, softmax."""
+
+from . import primitives as prims
+from .facts import dims_back, dims_forward, size
+from .jaxprs import Equation, Value
+from .structure import Layer
+
+
+def affine_layer(core: Equation, flow, facts, taken) -> Layer | None:
+    """A mixing primitive with one live operand, and the elementwise affine chain before and after it.
+
+    Bias, batch norm on either side, layer scale, casts and input normalisation become part of the layer in this way.
+    """
+    live = flow.live_operands(core)
+    if core.name not in prims.MIXING or len(live) != 1 or not core.outputs[0].carries_relevance:
+        return None
+    operand = live[0]
+    if core.inputs.count(operand) != 1 or (core.name == "ragged_dot_general" and operand is not core.inputs[0]):
+        return None
+    weight = next(v for v in core.inputs if v is not operand)
+    pre = _chain_before(operand, core, flow, facts, taken)
+    post = _chain_after(core, weight, flow, facts, taken)
+    source = _live_input(pre[0], flow) if pre else operand
+    output = (post[-1] if post else core).outputs[0]
+    kind = prims.MIXING[core.name]
+    path = facts.origin(weight)
+    rescaled = any(not _keeps_sign(e, flow, facts) for e in pre)
+    return Layer(
+        kind,
+        (*pre, core, *post),
+        (source,),
+        output,
+        core,
+        tuple(pre),
+        tuple(post),
+        path,
+        frozen=(weight,),
+        nonnegative=facts.is_nonnegative(source) and not rescaled,
+        shift_dims=_shift_dims(pre, flow, facts),
+    )
+
+
+def sum_pool_layer(core: Equation, flow, facts, taken) -> Layer | None:
+    """A sum, windowed or plain, and the division by a count that makes a mean of it."""
+    live = flow.live_operands(core)
+    if core.name not in prims.SUM_POOL or not live:
+        return None
+    post, value = [], core.outputs[0]
+    while (eqn := flow.sole_consumer(value)) is not None and eqn not in taken and is_chain_link(eqn, value, flow):
+        counts = _is_scale(eqn) and eqn.name != "neg" and not parametric(eqn, flow, facts)
+        if not counts and eqn.name not in prims.PURE_RESHAPE:
+            break
+        post.append(eqn)
+        value = eqn.outputs[0]
+    while post and not _is_scale(post[-1]):
+        post.pop()
+    output = (post[-1] if post else core).outputs[0]
+    return Layer("sum_pool", (core, *post), tuple(live), output, core, post=tuple(post))
+
+
+def softmax_layer(core: Equation, flow, facts, taken) -> Layer | None:
+    """`exp(u) / sum(exp(u))`, by its last two equations; the shift of `u` by its maximum stays outside."""
+    if core.name != "div" or core.inputs[1] not in flow.live:
+        return None
+    members = [core]
+
+    def back_to(name, value):
+        """Follow reshapes and casts back to an equation called `name`."""
+        while (eqn := facts.producer.get(value)) is not None and eqn not in taken:
+            members.append(eqn)
+            if eqn.name == name:
+                return eqn
+            if eqn.name not in prims.PURE_RESHAPE:
+                return None
+            value = eqn.inputs[0]
+        return None
+
+    total = back_to("reduce_sum", core.inputs[1])
+    below = total and back_to("exp", total.inputs[0])
+    above = below and back_to("exp", core.inputs[0])
+    if not above or below is not above or above.inputs[0] not in flow.live:
+        return None
+    members = sorted(set(members), key=flow.position.__getitem__)
+    if any(flow.exits.intersection(e.outputs) for e in members[:-1]):
+        return None
+    if any(reader not in members for e in members[:-1] for reader in flow.consumers[e.outputs[0]]):
+        return None
+    return Layer("softmax", tuple(members), (above.inputs[0],), core.outputs[0], core)
+
+
+def is_chain_link(eqn: Equation, value: Value, flow) -> bool:
+    """Whether `eqn` is affine and elementwise in `value`, its one operand that is not free, or a pure reshape of it."""
+    if eqn.inputs.count(value) != 1 or not eqn.outputs[0].carries_relevance:
+        return False
+    if any(v in flow.dependent for v in eqn.inputs if v is not value):
+        return False
+    shape = eqn.outputs[0].shape
+    if eqn.name in prims.PURE_RESHAPE:
+        return size(shape) == size(value.shape)
+    if eqn.name == "div" and eqn.inputs[0] is not value:
+        return False
+    return eqn.name in prims.LINEAR and shape == value.shape
+
+
+def parametric(eqn: Equation, flow, facts) -> bool:
+    """Whether an affine equation brings in an array or an argument, rather than numbers written in the code.
+
+    `BatchNorm` is parametric; the `x + 3` of a hard sigmoid is not, and belongs to the activation beside it.
+    """
+    return any(v not in flow.dependent and not facts.is_literal(v) for v in eqn.inputs)
+
+
+def follows_nonlinearity(value: Value, flow, facts) -> bool:
+    eqn = facts.producer.get(value)
+    return eqn is not None and eqn.name in prims.ELEMENTWISE and not is_linear_here(eqn, flow)
+
+
+def is_linear_here(eqn: Equation, flow) -> bool:
+    """Whether an elementwise equation is affine with a single moving operand."""
+    moving = [v for v in eqn.inputs if v in flow.dependent]
+    return len(moving) == 1 and is_chain_link(eqn, moving[0], flow)
+
+
+def _chain_before(value: Value, reader: Equation, flow, facts, taken) -> list[Equation]:
+    chain: list[Equation] = []
+    while (eqn := facts.producer.get(value)) is not None and eqn not in taken:
+        source = _live_input(eqn, flow)
+        if flow.sole_consumer(value) is not reader or source is None or not is_chain_link(eqn, source, flow):
+            break
+        chain.insert(0, eqn)
+        value, reader = source, eqn
+    after_activation = follows_nonlinearity(value, flow, facts)
+    while chain and (
+        chain[0].name in prims.PURE_RESHAPE or (after_activation and not parametric(chain[0], flow, facts))
+    ):
+        chain.pop(0)
+    return chain
+
+
+def _chain_after(core: Equation, weight: Value, flow, facts, taken) -> list[Equation]:
+    chain: list[Equation] = []
+    value = core.outputs[0]
+    while (eqn := flow.sole_consumer(value)) is not None and eqn not in taken and is_chain_link(eqn, value, flow):
+        if _is_scale(eqn) and not _foldable(eqn, chain, core, weight, flow, facts):
+            break
+        chain.append(eqn)
+        value = eqn.outputs[0]
+    before_activation = eqn is not None and eqn.name in prims.ELEMENTWISE and not is_linear_here(eqn, flow)
+    while chain and (
+        chain[-1].name in prims.PURE_RESHAPE or (before_activation and not parametric(chain[-1], flow, facts))
+    ):
+        chain.pop()
+    return chain
+
+
+def _is_scale(eqn: Equation) -> bool:
+    return eqn.name in prims.SCALES
+
+
+def _keeps_sign(link: Equation, flow, facts) -> bool:
+    """Whether a link of a chain multiplies by nothing that could be negative (shifts go into the bias)."""
+    if link.name in ("mul", "div"):
+        return all(facts.is_nonnegative(v) for v in link.inputs if v not in flow.dependent)
+    return link.name != "neg" and not (link.name == "sub" and link.inputs[1] in flow.dependent)
+
+
+def _shift_dims(pre, flow, facts) -> frozenset[int]:
+    """The dimensions of the core's operand along which the shift that a chain brings in may vary."""
+    dims: frozenset[int] = frozenset()
+    for eqn in pre:
+        if eqn.name in prims.PURE_RESHAPE:
+            dims = dims_forward(eqn, dims)
+        else:
+            dims |= frozenset().union(*(facts.varying(v) for v in eqn.inputs if v not in flow.dependent))
+    return dims
+
+
+def _live_input(eqn: Equation, flow) -> Value | None:
+    live = flow.live_operands(eqn)
+    return live[0] if len(live) == 1 and eqn.inputs.count(live[0]) == 1 else None
+
+
+def _foldable(scale: Equation, chain, core: Equation, weight: Value, flow, facts) -> bool:
+    """Whether a factor after the core varies only along dimensions that the weight has too."""
+    factor = [v for v in scale.inputs if v not in flow.dependent]
+    dims = facts.varying(factor[0]) if factor and factor[0].ndim else frozenset()
+    for eqn in reversed(chain):
+        if eqn.name in prims.PURE_RESHAPE:
+            dims = dims_back(eqn, dims)
+    return dims <= weight_dims(core, weight)[0]
+
+
+def weight_dims(core: Equation, weight: Value) -> tuple[frozenset[int], list[tuple[int, int]]]:
+    """Which output dimensions of a mixing primitive belong to its weight: as a set, and as (output, weight) pairs."""
+    position = next(i for i, v in enumerate(core.inputs) if v is weight)
+    if core.name == "dot_general":
+        contract, batch = core.params["dimension_numbers"]
+        free = [
+            [d for d in range(v.ndim) if d not in contract[i] and d not in batch[i]]
+            for i, v in enumerate(core.inputs[:2])
+        ]
+        first_free = len(batch[0]) + (len(free[0]) if position == 1 else 0)
+        pairs = [(out, d) for out, d in enumerate(batch[position])]
+        pairs += [(first_free + i, d) for i, d in enumerate(free[position])]
+    elif core.name == "conv_general_dilated" and position == 1 and core.params["batch_group_count"] == 1:
+        numbers = core.params["dimension_numbers"]
+        pairs = [(numbers.out_spec[1], numbers.rhs_spec[0])]
+    else:
+        pairs = []
+    return frozenset(out for out, _ in pairs), pairs

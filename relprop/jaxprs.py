@@ -1,0 +1,195 @@
+"""What relprop knows of jaxprs: opening calls, naming things, and every difference between versions of JAX.
+
+A traced function becomes a `Program`: a flat list of `Equation`s over `Value`s. Calls that mean nothing for a
+linearisation (`jit`, `custom_jvp_call`, `custom_vjp_call`, `closed_call`, `custom_vmap_call` ...) are opened, so that a
+layer may cross their boundaries; loops, branches, `remat` and `shard_map` stay equations with bodies of their own.
+A `custom_vjp` is opened to its primal function: the backward pass that its author wrote is not LRP's.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex_core
+from jax.extend import source_info_util
+
+# Calls that are opened, each with the parameter that holds its jaxpr. Names differ between versions of JAX.
+_OPENED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "custom_lin": "call_jaxpr",
+    "eval_jaxpr": "jaxpr",
+    "composite": "jaxpr",
+}
+REMAT = frozenset({"remat2", "remat", "checkpoint"})
+_LIBRARIES = tuple(
+    os.sep + name + os.sep for name in ("jax", "jaxlib", "flax", "equinox", "haiku", "relprop", "penzai")
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A value of a program: one array of a known shape and dtype. Compared by identity."""
+
+    aval: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.aval.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.aval.shape)
+
+    @property
+    def dtype(self):
+        return self.aval.dtype
+
+    @property
+    def carries_relevance(self) -> bool:
+        """Whether its dtype has a tangent space: integers, booleans, keys and tokens have none."""
+        dtype = getattr(self.aval, "dtype", None)
+        return dtype is not None and jax.dtypes.issubdtype(dtype, np.inexact)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant(Value):
+    """A value that is written into the program: a literal or a closed-over array."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """`outputs = primitive(inputs)`, with where it came from: a source location and a `named_scope` path."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    source: Any
+    scope: str
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+    def evaluate(self, *operands):
+        """Run the primitive on `operands`; returns a tuple of outputs."""
+        bind = self.primitive.get_bind_params(self.params)
+        # A pair (functions, params) until jax 0.9, a dict since.
+        functions, params = bind if isinstance(bind, tuple) else ((), bind)
+        # Under its own name stack and source line, so that profiles and JAX's errors speak of the user's code.
+        stack = source_info_util.current_name_stack() + self.source.name_stack
+        with source_info_util.user_context(self.source.traceback, name_stack=stack):
+            out = self.primitive.bind(*functions, *operands, **params)
+        return tuple(out) if self.primitive.multiple_results else (out,)
+
+    @property
+    def where(self) -> str:
+        """The user's file and line, for errors and for the plan."""
+        return source_line(self.source)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A function as a flat list of equations in order of execution."""
+
+    inputs: tuple[Value, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Value, ...]
+
+    def evaluate(self, *operands):
+        """Run the program as it stands, without any change of linearisation."""
+        env = dict(zip(self.inputs, operands, strict=True))
+        for eqn in self.equations:
+            env.update(zip(eqn.outputs, eqn.evaluate(*(read(env, v) for v in eqn.inputs)), strict=True))
+        return [read(env, v) for v in self.outputs]
+
+
+def read(env: dict[Value, Any], value: Value):
+    """The array that `value` has in `env`; constants stand for themselves."""
+    return value.value if isinstance(value, Constant) else env[value]
+
+
+def open_program(jaxpr) -> Program:
+    """Turn a (closed) jaxpr into a `Program`, opening calls on the way."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)  # from jax 0.11 a closed jaxpr is a jaxpr, whose `jaxpr` is itself
+    env: dict[Any, Value] = {v: Value(v.aval) for v in inner.invars}
+    equations: list[Equation] = []
+    outputs = _open(jaxpr, env, equations, scope="", call_source=None)
+    return Program(tuple(env[v] for v in inner.invars), tuple(equations), tuple(outputs))
+
+
+def _open(jaxpr, env, equations, scope, call_source) -> list[Value]:
+    consts = getattr(jaxpr, "consts", ())
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for var, const in zip(jaxpr.constvars, consts or (), strict=True):
+        env[var] = Constant(var.aval, const)
+
+    def lookup(atom) -> Value:
+        return Constant(atom.aval, atom.val) if isinstance(atom, jex_core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = [lookup(atom) for atom in eqn.invars]
+        here = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+        source = call_source or eqn.source_info
+        if eqn.primitive.name in _OPENED:
+            callee = eqn.params[_OPENED[eqn.primitive.name]]
+            callee_jaxpr = getattr(callee, "jaxpr", callee)
+            # Functions of a library are traced once and remember the first caller's line: keep this caller's.
+            filename = getattr(callee_jaxpr.debug_info, "func_filename", None) or ""
+            from_library = eqn.primitive.name.startswith("custom_") or _is_library(filename)
+            inner_env = dict(zip(callee_jaxpr.invars, inputs, strict=True))
+            outputs = _open(callee, inner_env, equations, here, source if from_library else call_source)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        else:
+            outputs = tuple(Value(v.aval) for v in eqn.outvars)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            equations.append(Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here))
+    return [lookup(atom) for atom in jaxpr.outvars]
+
+
+def _is_library(filename: str) -> bool:
+    return any(part in filename for part in _LIBRARIES if part != os.sep + "relprop" + os.sep) or (
+        os.sep + "relprop" + os.sep + "relprop" + os.sep in filename
+    )
+
+
+def source_line(source) -> str:
+    """`file:line (function)` of the innermost frame that is the user's own."""
+    frames = getattr(getattr(source, "traceback", None), "frames", None) or ()
+    own = [f for f in frames if not _is_library(f.file_name) and not f.file_name.startswith("<")]
+    if not own:
+        return "unknown source"
+    frame = own[0]
+    return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+
+
+def trace(fn: Callable, *args) -> tuple[Program, Any]:
+    """Trace `fn` at `args` to a program and the pytree of its output's shapes."""
+    # A new function object each time: `make_jaxpr` remembers by identity, and what `fn` closes over may have changed.
+    jaxpr, shapes = jax.make_jaxpr(lambda *a: fn(*a), return_shape=True)(*args)
+    return open_program(jaxpr), shapes
+
+
+def scan_groups(params: dict[str, Any]) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a `scan`."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = (len(group) for group in params["ft_in"].unpack())  # from jax 0.11
+    return consts, carry
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A pytree path as `params/Conv_0/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

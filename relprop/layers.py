@@ -1,0 +1,196 @@
+"""What a rule sees of a layer: its parts, evaluated, with effective weights.
+
+An affine layer is `z = layer.linear(x) + layer.bias`. Its `x` is the input of the mixing primitive without any shift:
+scales and reshapes before the primitive have been applied, so that `x[i] * w[i, j]` are the contributions to `z[j]`
+whatever chain the layer is made of. Scales after the primitive are folded into the weight.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import primitives as prims
+from .chains import weight_dims
+from .jaxprs import Constant, Equation, Value, read
+from .structure import Layer
+
+
+_LINEAR_LINKS = prims.PURE_RESHAPE | prims.SCALES
+
+
+def run(equations: Sequence[Equation], env: dict, start: dict) -> dict:
+    """Evaluate `equations` with operands from `start`, else from `env`; returns what they produce."""
+    local = dict(start)
+    for eqn in equations:
+        operands = [local[v] if v in local else read(env, v) for v in eqn.inputs]
+        local.update(zip(eqn.outputs, eqn.evaluate(*operands), strict=True))
+    return local
+
+
+class LayerView:
+    """A layer at run time: its description (`info`) and the values of everything that it reads."""
+
+    def __init__(self, info: Layer, env: dict):
+        self.info = info
+        self._env = env
+
+    def evaluate(self, *inputs: jax.Array) -> jax.Array:
+        """The layer's own equations at `inputs`."""
+        start = dict(zip(self.info.live, inputs, strict=True))
+        return run(self.info.equations, self._env, start)[self.info.output]
+
+    def split(self):
+        """The arrays that the layer reads, and a function that builds the layer from such arrays.
+
+        For rules with a backward function of their own, which must not close over tracers.
+        """
+        made = {v for eqn in self.info.equations for v in eqn.outputs}.union(self.info.live)
+        reads = [v for eqn in self.info.equations for v in eqn.inputs if v not in made and not isinstance(v, Constant)]
+        reads = list(dict.fromkeys(reads))
+
+        def rebuild(arrays):
+            return type(self)(self.info, dict(zip(reads, arrays, strict=True)))
+
+        return [self._env[v] for v in reads], rebuild
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether the input is known to be >= 0, from the structure of the program alone."""
+        return self.info.nonnegative
+
+    @property
+    def kind(self) -> str:
+        return self.info.kind
+
+    def frozen(self, index: int = 0) -> jax.Array:
+        """An operand that the layer holds constant: the statistic of a norm."""
+        return read(self._env, self.info.frozen[index])
+
+
+class AffineView(LayerView):
+    """An affine layer as rules see it. `layer(x)`, `layer.linear(x)`, `layer.bias`, `layer.with_weights(f)`."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The layer at `x`, bias included."""
+        return self.linear(x) + self.bias
+
+    def linear(self, x: jax.Array) -> jax.Array:
+        """The layer at `x` without its bias."""
+        return self.with_weights(lambda w: w)(x)
+
+    def with_weights(self, f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        """The linear map whose weights are `f(weight)`, elementwise, without bias."""
+        weight = f(self.weight)
+
+        def apply(x):
+            env = {self._operand: x, self._weight: weight.astype(self._weight.dtype)}
+            value = run((self.info.core,), self._env, env)[self.info.core.outputs[0]]
+            return self._after(value, keep=prims.PURE_RESHAPE)
+
+        return apply
+
+    @property
+    def _weight(self) -> Value:
+        return self.info.frozen[0]
+
+    @property
+    def _operand(self) -> Value:
+        return self.info.pre[-1].outputs[0] if self.info.pre else self.info.live[0]
+
+    @cached_property
+    def weight(self) -> jax.Array:
+        """The effective weight: that of the mixing primitive, times every factor that follows it."""
+        weight = read(self._env, self._weight)
+        core = self.info.core
+        if not _is_scaled(self.info.post, core.outputs[0]):
+            return weight
+        blank = jnp.ones(core.outputs[0].shape, core.outputs[0].dtype)
+        # Chains are diagonal up to reshapes: the transpose applied to ones is the factor of each core output.
+        _, transpose = jax.vjp(lambda v: self._after(v, keep=_LINEAR_LINKS), blank)
+        (factor,) = transpose(jnp.ones(self.info.output.shape, self.info.output.dtype))
+        _, pairs = weight_dims(core, self._weight)
+        outputs = [out for out, _ in pairs]
+        index = tuple(slice(None) if d in outputs else slice(0, 1) for d in range(factor.ndim))
+        others = tuple(d for d in range(factor.ndim) if d not in outputs)
+        factor = lax.squeeze(factor[index], others)
+        kept = sorted(outputs)  # the order in which the remaining dimensions stand
+        order = sorted(pairs, key=lambda pair: pair[1])
+        factor = lax.transpose(factor, [kept.index(out) for out, _ in order])
+        shape = [1] * weight.ndim
+        for out, d in pairs:
+            shape[d] = core.outputs[0].shape[out]
+        return weight * factor.reshape(shape).astype(weight.dtype)
+
+    @cached_property
+    def bias(self) -> jax.Array:
+        """What the layer gives for an input of 0, in the shape of its output."""
+        core = self.info.core
+        if any(e.name in ("add", "sub", "add_any") for e in self.info.pre):
+            shift = self._before(jnp.zeros(self.info.live[0].shape, self.info.live[0].dtype))
+            value = run((core,), self._env, {self._operand: self._shrink(shift)})[core.outputs[0]]
+            value = jnp.broadcast_to(value, core.outputs[0].shape)
+        else:
+            value = jnp.zeros(core.outputs[0].shape, core.outputs[0].dtype)
+        return self._after(value)
+
+    @property
+    def has_bias(self) -> bool:
+        return any(e.name in ("add", "sub", "add_any") for e in self.info.pre + self.info.post)
+
+    def input(self, x: jax.Array, keep=_LINEAR_LINKS) -> jax.Array:
+        """The mixing primitive's operand for a layer input `x`, without shifts (or only reshaped)."""
+        return self._before(x, keep)
+
+    @cached_property
+    def input_scale(self) -> jax.Array | None:
+        """The factor by which each input is scaled before it is mixed; None when there is none."""
+        if not _is_scaled(self.info.pre, self.info.live[0]):
+            return None
+        return self.input(jnp.ones(self.info.live[0].shape, self.info.live[0].dtype))
+
+    def _before(self, x, keep=None):
+        return _chain(self.info.pre, self._env, self.info.live[0], x, keep)
+
+    def _after(self, value, keep=None):
+        return _chain(self.info.post, self._env, self.info.core.outputs[0], value, keep)
+
+    def _shrink(self, shift: jax.Array) -> jax.Array:
+        """Keep one of many equal examples of a shift, so that its product with the weight costs next to nothing."""
+        core, operand = self.info.core, self._operand
+        position = next(i for i, v in enumerate(core.inputs) if v is operand)
+        if core.name == "dot_general":
+            contract, batch = core.params["dimension_numbers"]
+            spare = set(range(operand.ndim)) - set(contract[position]) - set(batch[position])
+        elif core.name == "conv_general_dilated" and position == 0 and core.params["batch_group_count"] == 1:
+            spare = {core.params["dimension_numbers"].lhs_spec[0]}
+        else:
+            spare = set()
+        index = tuple(slice(0, 1) if d in spare - self.info.shift_dims else slice(None) for d in range(operand.ndim))
+        return shift[index]
+
+
+def _is_scaled(equations: Sequence[Equation], source: Value) -> bool:
+    for eqn in equations:
+        if eqn.name in prims.SCALES or (eqn.name == "sub" and eqn.inputs[1] is source):
+            return True
+        source = eqn.outputs[0]
+    return False
+
+
+def _chain(equations, env, source: Value, x, keep=None):
+    """Run a chain at `x`. With `keep`, equations of other primitives hand their live operand on unchanged."""
+    local = {source: x}
+    value = source
+    for eqn in equations:
+        if keep is None or eqn.name in keep:
+            local[eqn.outputs[0]] = run((eqn,), env, local)[eqn.outputs[0]]
+        elif eqn.name == "sub" and eqn.inputs[1] is value and "mul" in keep:
+            local[eqn.outputs[0]] = -local[value]
+        else:
+            local[eqn.outputs[0]] = local[value]
+        value = eqn.outputs[0]
+    return local[value]

@@ -1,0 +1,113 @@
+"""Decide, before anything runs, which rule holds at which layer; print the decision."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .composite import Composite, short
+from .errors import NotDifferentiableError
+from .jaxprs import Value
+from .rules.activation import Gradient, Identity
+from .rules.affine import Zero
+from .rules.base import Rule
+from .rules.merge import Frozen, Uniform
+from .structure import Call, Layer, Plain, Section
+
+DEFAULTS: Mapping[str, Rule] = {
+    **dict.fromkeys(("dense", "conv", "affine", "scale", "sum_pool", "add"), Zero()),
+    "activation": Identity(),
+    "product": Uniform(),
+    "norm": Frozen(),
+    "softmax": Gradient(),
+    "max_pool": Gradient(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of a plan: a layer and its rule."""
+
+    layer: Layer
+    rule: Rule
+
+
+class Plan:
+    """The layers of a function with their rules, in order of execution. Iterates over entries; prints as a table."""
+
+    def __init__(self, section: Section, composite: Composite):
+        self.section = section
+        layers = list(section.layers())
+        rules = composite.assign(layers, DEFAULTS)
+        self.entries = [Entry(layer, rule) for layer, rule in zip(layers, rules, strict=True)]
+        self.rules = {entry.layer.index: entry.rule for entry in self.entries}
+        found: set[Value] = set()
+        mark_relatives(section, self.rules, [False] * len(section.program.outputs), found)
+        self.needed = frozenset(found)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self.entries[index]
+
+    def __repr__(self) -> str:
+        head = ("#", "address", "kind", "primitive", "in -> out", "rule", "source")
+        rows = [head, *(_row(entry) for entry in self.entries)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    layer = entry.layer
+    shapes = ", ".join(str(list(s)) for s in layer.input_shapes)
+    file, _, rest = layer.where.rpartition("/")
+    return (
+        str(layer.index),
+        layer.path or layer.scope or "-",
+        layer.kind,
+        layer.primitive,
+        f"{shapes} -> {list(layer.output_shape)}",
+        short(entry.rule),
+        rest or file,
+    )
+
+
+def mark_relatives(section: Section, rules: Mapping[int, Rule], outputs: list[bool], found: set[Value]) -> list[bool]:
+    """Add to `found` the values of which relative tangents are needed; returns which inputs are among them.
+
+    These are the live ancestors of layers whose rule has a relative part, and of the `outputs` that are asked for.
+    """
+    found.update(v for v, on in zip(section.program.outputs, outputs, strict=True) if on and v in section.live)
+    for step in reversed(section.steps):
+        if isinstance(step, Layer):
+            if step.output in found or rules[step.index].is_relative:
+                found.update(step.live)
+        elif isinstance(step, Plain):
+            for eqn in reversed(step.equations):
+                if any(v in found for v in eqn.outputs):
+                    found.update(v for v in eqn.inputs if v in section.live)
+        else:
+            _mark_call(step, section, rules, found)
+    return [v in found for v in section.program.inputs]
+
+
+def _mark_call(step: Call, section: Section, rules: Mapping[int, Rule], found: set[Value]):
+    eqn = step.equation
+    asked = [v in found for v in eqn.outputs]
+    operands = eqn.inputs[1:] if eqn.name == "cond" else eqn.inputs
+    for body in step.bodies:
+        inputs = mark_relatives(body, rules, asked if eqn.name != "while" else [False] * len(asked), found)
+        if eqn.name in ("scan", "while"):
+            if any(inputs) or any(asked):
+                raise NotDifferentiableError(
+                    f"A rule that does not read the input (Flat, WSquare, ZBox, bias='distribute', a relevance function) "
+                    f"was put at or above the {eqn.name} loop at {eqn.where}. Its relevance cannot be carried across "
+                    "the boundary of a loop. Choose a rule that is proportional to the input for layers inside of the "
+                    "loop and for what reads its output, or unroll the loop."
+                )
+            continue
+        found.update(v for v, on in zip(operands, inputs, strict=True) if on and v in section.live)

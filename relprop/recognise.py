@@ -1,0 +1,299 @@
+"""Find the layers of a program by dataflow: liveness, affine chains, pools, softmax, merges, then elementwise regions."""
+
+import dataclasses
+import itertools
+from collections import defaultdict
+
+from . import primitives as prims
+from .chains import affine_layer, softmax_layer, sum_pool_layer
+from .errors import NotDifferentiableError, UnknownPrimitiveError
+from .facts import Facts
+from .jaxprs import REMAT, Equation, Program, Value, open_program, scan_groups
+from .regions import find_regions
+from .structure import Call, Layer, Options, Plain, Section
+
+
+class Flow:
+    """How relevance can move through one program.
+
+    A value is *live* when it depends on an explained input and has a tangent, *dependent* when it depends on one at
+    all, and *free* otherwise.
+    """
+
+    def __init__(self, program: Program, live_inputs, dependent_inputs):
+        self.program = program
+        self.live: set[Value] = {v for v, on in zip(program.inputs, live_inputs, strict=True) if on}
+        self.dependent: set[Value] = {v for v, on in zip(program.inputs, dependent_inputs, strict=True) if on}
+        self.dependent |= self.live
+        self.consumers: dict[Value, list[Equation]] = defaultdict(list)
+        self.position: dict[Equation, int] = {}
+        for position, eqn in enumerate(program.equations):
+            self.position[eqn] = position
+            for v in dict.fromkeys(eqn.inputs):
+                self.consumers[v].append(eqn)
+            if not any(v in self.dependent for v in eqn.inputs):
+                continue
+            self.dependent.update(eqn.outputs)
+            self.live.update(v for v, on in zip(eqn.outputs, self._live_outputs(eqn), strict=True) if on)
+        self.exits = set(program.outputs)
+
+    def _live_outputs(self, eqn: Equation) -> list[bool]:
+        live_in = [v in self.live for v in eqn.inputs]
+        if eqn.name in prims.CALLS:
+            return call_liveness(eqn, live_in, [v in self.dependent for v in eqn.inputs])[1]
+        on = any(live_in) and eqn.name not in prims.DISCRETE
+        return [on and v.carries_relevance for v in eqn.outputs]
+
+    def live_operands(self, eqn: Equation) -> list[Value]:
+        return [v for v in eqn.inputs if v in self.live]
+
+    def sole_consumer(self, value: Value) -> Equation | None:
+        """The one equation that reads `value`, or None when there are several, or when it leaves the program."""
+        readers = self.consumers[value]
+        return readers[0] if len(readers) == 1 and value not in self.exits else None
+
+
+def call_liveness(eqn: Equation, live, dependent):
+    """Liveness of each body's inputs and of the call's outputs, by a fixpoint where there is a carry.
+
+    Returns `(bodies, outputs)`: `bodies` holds, for each body of the call, its program and the (live, dependent) flags
+    of its inputs.
+    """
+    programs = [open_program(jaxpr) for jaxpr in _body_jaxprs(eqn)]
+    if eqn.name == "cond":
+        flows = [Flow(p, live[1:], dependent[1:]) for p in programs]
+        outputs = [any(flags) for flags in zip(*(_output_flags(f) for f in flows), strict=True)]
+        return [(p, live[1:], dependent[1:]) for p in programs], outputs
+    if eqn.name not in ("scan", "while"):
+        (program,) = programs
+        return [(program, live, dependent)], _output_flags(Flow(program, live, dependent))
+    if eqn.name == "scan":
+        consts, carry = scan_groups(eqn.params)
+    else:
+        skipped, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        live, dependent, programs = live[skipped:], dependent[skipped:], programs[1:]
+        carry = len(live) - consts
+    (program,) = programs
+    live, dependent = list(live), list(dependent)
+    while True:
+        flow = Flow(program, live, dependent)
+        outputs = _output_flags(flow)
+        touched = [v in flow.dependent for v in program.outputs]
+        new_live = _join_carry(live, outputs, consts, carry)
+        new_dependent = _join_carry(dependent, touched, consts, carry)
+        if new_live == live and new_dependent == dependent:
+            return [(program, live, dependent)], outputs
+        live, dependent = new_live, new_dependent
+
+
+def _join_carry(flags, outputs, consts, carry):
+    joined = [a or b for a, b in zip(flags[consts : consts + carry], outputs[:carry], strict=True)]
+    return flags[:consts] + joined + flags[consts + carry :]
+
+
+def _output_flags(flow: Flow) -> list[bool]:
+    return [v in flow.live for v in flow.program.outputs]
+
+
+def _body_jaxprs(eqn: Equation):
+    if eqn.name == "cond":
+        return eqn.params["branches"]
+    if eqn.name == "while":
+        return (eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"])
+    return (eqn.params["jaxpr"],)
+
+
+def recognise(program: Program, live, origins, options: Options, dependent=None, section="", nonnegative=()) -> Section:
+    """Find the layers of `program`.
+
+    `live` says for each input whether relevance can reach it, `origins` maps inputs to parameter paths, `nonnegative`
+    holds inputs that are known to be >= 0. Layers have no index yet (see `number`).
+    """
+    flow = Flow(program, live, live if dependent is None else dependent)
+    facts = Facts(program.equations, origins, set(nonnegative))
+    free = tuple(e for e in program.equations if not any(v in flow.dependent for v in e.inputs))
+    moving = [e for e in program.equations if any(v in flow.dependent for v in e.inputs)]
+
+    steps: dict[int, list] = defaultdict(list)  # by the position of the equation that completes a step
+    taken: set[Equation] = set()
+
+    def place(layer: Layer):
+        taken.update(layer.equations)
+        steps[flow.position[layer.equations[-1]]].append(layer)
+
+    for finder in (softmax_layer, sum_pool_layer, affine_layer):
+        for eqn in moving:
+            if eqn not in taken and eqn.name not in options.registered:
+                layer = finder(eqn, flow, facts, taken)
+                if layer is not None:
+                    place(layer)
+    regions, sources = find_regions(moving, flow, facts, taken, options)
+    for layer in regions:
+        steps[flow.position[layer.equations[-1]]].append(layer)
+    inside = set(sources)
+    product_members: set[Equation] = set()
+    for eqn in reversed(moving):
+        if eqn in taken or eqn in product_members or (eqn.outputs and all(v in inside for v in eqn.outputs)):
+            continue
+        step = _single(eqn, flow, facts, options, section, inside)
+        if isinstance(step, Layer):
+            product_members.update(step.equations)
+        steps[flow.position[eqn]].append(step)
+    ordered = tuple(itertools.chain.from_iterable(steps[k] for k in sorted(steps)))
+    ordered = tuple(
+        dataclasses.replace(
+            step,
+            section=section,
+            nonnegative=step.nonnegative or all(facts.is_nonnegative(v) for v in step.live),
+        )
+        if isinstance(step, Layer)
+        else step
+        for step in ordered
+    )
+    return Section(program, free, ordered, frozenset(flow.live))
+
+
+def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: str, inside) -> Layer | Plain | Call:
+    """The step that a single equation makes."""
+    live = flow.live_operands(eqn)
+    name = eqn.name
+    if name in prims.CALLS:
+        return _call(eqn, flow, facts, options, section)
+    if not any(v in flow.live for v in eqn.outputs) or name in options.registered:
+        return Plain((eqn,))
+    out = eqn.outputs[0]
+
+    def layer(kind, values=live, equations=(eqn,), frozen=()):
+        return Layer(kind, tuple(equations), tuple(values), out, eqn, frozen=tuple(frozen))
+
+    if name in prims.MAX_POOL:
+        return layer("max_pool")
+    if name in prims.PRODUCTS:
+        return layer("product")
+    if name in prims.MIXING and len(live) == 2:
+        return layer("product")
+    if name == "mul" and len(live) == 2:
+        a, b = eqn.inputs
+        for signal, statistic in ((a, b), (b, a)):
+            if _is_statistic(statistic, flow, facts):
+                return layer("norm", (signal,), frozen=(statistic,))
+        return _product(eqn, flow, facts, inside)
+    if name == "div" and eqn.inputs[1] in flow.live:
+        numerator, denominator = eqn.inputs
+        if numerator in flow.live:
+            return layer("norm", (numerator,), frozen=(denominator,))
+    if name in ("add", "sub", "add_any") and len(live) == 2:
+        return layer("add")
+    if name in prims.STRUCTURAL and name not in ("mul", "div"):
+        return Plain((eqn,))
+    if name in ("mul", "div") and len(live) == 1 and (name == "mul" or eqn.inputs[0] is live[0]):
+        return Plain((eqn,))
+    if name in prims.SOLVES and eqn.inputs[0] not in flow.live and live == [eqn.inputs[-1]]:
+        return Plain((eqn,))
+    if options.fallback == "gradient":
+        return Plain((eqn,))
+    raise UnknownPrimitiveError(_unknown_message(eqn, live))
+
+
+def _unknown_message(eqn: Equation, live) -> str:
+    reason = prims.REFUSED.get(eqn.name)
+    if reason is None and eqn.name in prims.NONLINEAR:
+        reason = f"it is nonlinear in {len(live)} different live values at once"
+    shapes = ", ".join(f"{v.dtype}{list(v.shape)}" for v in eqn.inputs)
+    return (
+        f"No propagation rule for the primitive '{eqn.name}' of ({shapes}) at {eqn.where}"
+        f"{': ' + reason if reason else ''}. Two ways out: give it a linearisation with "
+        f"`@relprop.register('{eqn.name}')`, or pass `fallback='gradient'` to use its derivative, which does not "
+        "conserve relevance in general."
+    )
+
+
+def _is_statistic(value: Value, flow: Flow, facts: Facts) -> bool:
+    """Whether `value` is 1/sqrt (or sqrt) of something that was summed: a norm's statistic, not a signal."""
+    pending, seen, rooted = [value], set(), False
+    while pending:
+        eqn = facts.producer.get(pending.pop())
+        if eqn is None or eqn in seen:
+            continue
+        seen.add(eqn)
+        if eqn.name in prims.SUM_POOL | prims.MAX_POOL:
+            if rooted:
+                return True
+            continue
+        if eqn.name in prims.ELEMENTWISE | prims.PURE_RESHAPE:
+            rooted = rooted or eqn.name in ("rsqrt", "sqrt") or (eqn.name == "pow")
+            pending.extend(v for v in eqn.inputs if v in flow.live)
+    return False
+
+
+def _product(eqn: Equation, flow: Flow, facts: Facts, inside) -> Layer:
+    """A tree of multiplications of live values as one n-ary product: pairwise splits would depend on association."""
+    equations, factors = [eqn], []
+    pending = list(eqn.inputs)
+    while pending:
+        value = pending.pop(0)
+        inner = facts.producer.get(value)
+        flat = (
+            inner is not None
+            and inner.name == "mul"
+            and value not in inside
+            and len(flow.live_operands(inner)) == 2
+            and flow.sole_consumer(value) is not None
+            and not any(_is_statistic(v, flow, facts) for v in inner.inputs)
+        )
+        if flat:
+            equations.insert(0, inner)
+            pending = list(inner.inputs) + pending
+        else:
+            factors.append(value)
+    equations.sort(key=flow.position.__getitem__)
+    return Layer("product", tuple(equations), tuple(factors), eqn.outputs[0], eqn)
+
+
+def _call(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: str) -> Call:
+    live = [v in flow.live for v in eqn.inputs]
+    bodies, outputs = call_liveness(eqn, live, [v in flow.dependent for v in eqn.inputs])
+    if eqn.name == "while" and any(outputs):
+        raise NotDifferentiableError(
+            f"Relevance cannot be propagated backwards through the `while` loop at {eqn.where}: the number of its "
+            "steps is not known before it runs. Use `lax.scan`, or `lax.fori_loop` with a static trip count."
+        )
+    operands = eqn.inputs[1:] if eqn.name == "cond" else eqn.inputs
+    if eqn.name == "while":
+        operands = eqn.inputs[eqn.params["cond_nconsts"] :]
+    carried = range(0)
+    if eqn.name == "scan":
+        consts, carry = scan_groups(eqn.params)
+        carried = range(consts, consts + carry)
+    where = "/".join(part for part in (section, eqn.scope) if part)
+    sections = []
+    for program, body_live, body_dependent in bodies:
+        pairs = list(zip(program.inputs, operands, strict=True))
+        origins = {inner: facts.origin(outer) for inner, outer in pairs}
+        positive = {v for i, (v, outer) in enumerate(pairs) if i not in carried and facts.is_nonnegative(outer)}
+        sections.append(
+            recognise(program, body_live, origins, options, body_dependent, _loop_scope(where, eqn), positive)
+        )
+    return Call(eqn, tuple(sections))
+
+
+def _loop_scope(where: str, eqn: Equation) -> str:
+    label = "" if eqn.name in REMAT or eqn.name == "shard_map" else eqn.name
+    return "/".join(part for part in (where, label) if part)
+
+
+def number(section: Section, start: int = 0) -> tuple[Section, int]:
+    """Give the layers of a section, bodies included, their indices in order of execution."""
+    steps = []
+    for step in section.steps:
+        if isinstance(step, Layer):
+            step = dataclasses.replace(step, index=start)
+            start += 1
+        elif isinstance(step, Call):
+            bodies = []
+            for body in step.bodies:
+                body, start = number(body, start)
+                bodies.append(body)
+            step = Call(step.equation, tuple(bodies))
+        steps.append(step)
+    return dataclasses.replace(section, steps=tuple(steps)), start

@@ -1,0 +1,1 @@
+"""The propagation rules, one file for each sort of layer."""

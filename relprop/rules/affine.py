@@ -1,0 +1,216 @@
+"""Rules of affine layers (dense, convolution) that are proportional to the input.
+
+Formulas in the notation of Montavon et al., "Layer-Wise Relevance Propagation: An Overview" (2019); `s(z)` is the
+signed stabiliser `z + epsilon * sign(z)`, `W+`/`W-` and `x+`/`x-` are positive and negative parts.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import RuleError
+from ..surrogate import quotient, scale_tangent, stabilize, widen
+from .base import Rule, check_number
+
+Bias = Literal["absorb", "ignore", "distribute"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineRule(Rule):
+    """A rule made of terms `share * R / s(total)`, where `total` is linear in `x` up to a bias.
+
+    Subclasses with a field `epsilon` are stabilised by it; where a denominator is exactly 0 the ratio is `empty`.
+
+    `bias` says what happens to the share of the bias: `"absorb"` leaves it in the denominator, where it keeps its
+    relevance; `"ignore"` drops it from the denominator (zennit's `zero_params="bias"`); `"distribute"` spreads what the
+    layer absorbs evenly over the inputs that each output is connected to (Arras et al. 2017, with bias factor 1).
+    """
+
+    empty: ClassVar[float] = 0.0
+
+    bias: Bias = dataclasses.field(default="absorb", kw_only=True)
+
+    def __post_init__(self):
+        if self.bias not in ("absorb", "ignore", "distribute"):
+            raise RuleError(f"bias must be 'absorb', 'ignore' or 'distribute', got {self.bias!r}.")
+        for name in ("epsilon", "gamma", "beta"):
+            if hasattr(self, name):
+                check_number(self, name)
+
+    def terms(self, layer, x, z) -> list[tuple]:
+        """Pairs `(share, total)`; shares sum to 1."""
+        raise NotImplementedError
+
+    def __call__(self, layer, x, z):
+        epsilon = getattr(self, "epsilon", 0.0)
+        parts = []
+        for share, total in self.terms(layer, x, z):
+            ratio = quotient(z, stabilize(widen(total), epsilon), empty=self.empty)
+            parts.append(scale_tangent(total, jnp.asarray(share, ratio.dtype) * ratio))
+        return sum(parts[1:], parts[0])
+
+    @property
+    def is_relative(self) -> bool:
+        return self.bias == "distribute"
+
+    def relative(self, layer, x, z, r):
+        # What is handed on in proportion to x: the tangent of the surrogate in the direction of x itself.
+        _, kept = jax.jvp(lambda v: self(layer, v, layer(v)), (x,), (x,))
+        absorbed = 1 - quotient(kept, z)
+        even = layer.with_weights(jnp.ones_like)
+        return (absorbed * quotient(even(r), even(jnp.ones_like(x)))).astype(z.dtype)
+
+    def check(self, info) -> None:
+        super().check(info)
+        if self.bias != "absorb" and info.kind == "scale":
+            raise RuleError(f"{self} at the scale layer {info.address}: only bias='absorb' has a meaning there.")
+
+
+def positive(v: jax.Array) -> jax.Array:
+    """`max(v, 0)` with the derivative 0 at 0."""
+    return jnp.where(v > 0, v, jnp.zeros_like(v))
+
+
+def negative(v: jax.Array) -> jax.Array:
+    """`min(v, 0)` with the derivative 0 at 0."""
+    return jnp.where(v < 0, v, jnp.zeros_like(v))
+
+
+@dataclasses.dataclass(frozen=True)
+class Zero(AffineRule):
+    """LRP-0: relevance in proportion to the contributions, `R_i = x_i sum_j w_ij R_j / z_j`.
+
+    Equal to input times gradient of the layer; the default of affine layers, sums and scales. Bach et al. 2015, eq. 56.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.Zero())(jnp.array([1.0, 2.0]))
+        Array([ 3., -2.], dtype=float32)
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("affine", "scale", "sum_pool", "add")
+
+    def __call__(self, layer, x, z):
+        return z if self.bias != "ignore" else super().__call__(layer, x, z)
+
+    def terms(self, layer, x, z):
+        return [(1.0, layer.linear(x))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Epsilon(AffineRule):
+    """LRP-epsilon: `R_i = x_i sum_j w_ij R_j / s(z_j)`; `epsilon` is in the units of `z`. Bach et al. 2015, eq. 58.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.Epsilon(1.0))(jnp.array([1.0, 2.0]))
+        Array([ 1.5, -1. ], dtype=float32)
+    """
+
+    epsilon: float | jax.Array = 1e-6
+
+    def terms(self, layer, x, z):
+        return [(1.0, layer.linear(x) if self.bias == "ignore" else z)]
+
+
+def positive_part(layer, x) -> jax.Array:
+    """The sum of the positive contributions, `x+ W+ + x- W-`."""
+    total = layer.with_weights(positive)(positive(x))
+    return total if layer.nonnegative else total + layer.with_weights(negative)(negative(x))
+
+
+def negative_part(layer, x) -> jax.Array:
+    """The sum of the negative contributions, `x+ W- + x- W+`."""
+    total = layer.with_weights(negative)(positive(x))
+    return total if layer.nonnegative else total + layer.with_weights(positive)(negative(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaBeta(AffineRule):
+    """LRP-alpha-beta: positive contributions share `alpha R`, negative ones `-beta R`. Bach et al. 2015, eq. 60.
+
+    `alpha - beta = 1` and `beta >= 0`. At an output without negative contributions nothing takes the share `-beta R`, so
+    the relevance there sums to `alpha R`: a known property of the rule. The positive part of the bias stands in the
+    denominator of the positive share, its negative part in that of the negative one.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.AlphaBeta(2.0, 1.0))(jnp.array([1.0, 2.0])).round(3)
+        Array([ 2., -1.], dtype=float32)
+    """
+
+    alpha: float | jax.Array = 2.0
+    beta: float | jax.Array = 1.0
+    epsilon: float | jax.Array = 1e-6
+
+    kinds: ClassVar[tuple[str, ...]] = ("affine",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = all(isinstance(v, int | float) for v in (self.alpha, self.beta))
+        if known and abs(self.alpha - self.beta - 1) > 1e-6:
+            raise RuleError(f"AlphaBeta needs alpha - beta = 1, got alpha={self.alpha} and beta={self.beta}.")
+
+    def terms(self, layer, x, z):
+        up, down = positive_part(layer, x), negative_part(layer, x)
+        if layer.has_bias and self.bias != "ignore":
+            up, down = up + positive(layer.bias), down + negative(layer.bias)
+        terms = [(self.alpha, up), (-self.beta, down)]
+        no_beta = isinstance(self.beta, int | float) and self.beta == 0
+        return terms[:1] if no_beta else terms
+
+
+@dataclasses.dataclass(frozen=True)
+class ZPlus(AffineRule):
+    """LRP-z+: only positive contributions take relevance; the same as `AlphaBeta(1, 0)`. Montavon et al. 2017.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.ZPlus())(jnp.array([1.0, 2.0])).round(3)
+        Array([1., 0.], dtype=float32)
+    """
+
+    epsilon: float | jax.Array = 1e-6
+
+    kinds: ClassVar[tuple[str, ...]] = ("affine",)
+
+    def terms(self, layer, x, z):
+        return AlphaBeta(1.0, 0.0, bias=self.bias).terms(layer, x, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gamma(AffineRule):
+    """LRP-gamma in its generalised form: contributions with the sign of `z` count `1 + gamma` times.
+
+    `z > 0`: numerator `x+ (W + g W+) + x- (W + g W-)`, denominator its sum with `b + g b+`; `z < 0`: with `W-` and
+    `b-`. For `x >= 0` and `z > 0` it is the rule of Montavon et al. 2019, which has no second branch. `gamma = 0` is
+    `Epsilon`, a large `gamma` approaches `ZPlus`. With `epsilon = 0` the ratio 0/0 counts as 1.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.Gamma(1.0))(jnp.array([1.0, 2.0])).round(3)
+        Array([ 1.5, -0.5], dtype=float32)
+    """
+
+    gamma: float | jax.Array = 0.25
+    epsilon: float | jax.Array = 1e-6
+
+    kinds: ClassVar[tuple[str, ...]] = ("affine",)
+    empty: ClassVar[float] = 1.0
+
+    def terms(self, layer, x, z):
+        gamma = jnp.asarray(self.gamma, layer.weight.dtype)
+        base = layer.linear(x) if self.bias == "ignore" else z
+        up = layer.with_weights(lambda w: w + gamma * positive(w))
+        down = layer.with_weights(lambda w: w + gamma * negative(w))
+        if layer.nonnegative:
+            rise, fall = up(x), down(x)
+        else:
+            rise = up(positive(x)) + down(negative(x))
+            fall = down(positive(x)) + up(negative(x))
+        if layer.has_bias and self.bias != "ignore":
+            bias, g = layer.bias, jnp.asarray(self.gamma, z.dtype)
+            rise, fall = rise + bias + g * positive(bias), fall + bias + g * negative(bias)
+        return [(1.0, jnp.where(base >= 0, rise, fall))]

@@ -1,0 +1,133 @@
+"""Rules of places where values meet: residual adds, pools, products, norms."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..surrogate import quotient, scale_tangent, stabilize, widen
+from .base import Rule, check_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm(Rule):
+    """Relevance in proportion to the summands with a stabiliser, `c_in = c z / s(z)`: zennit's rule for sums and pools.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x.sum(), {"sum_pool": rp.Norm(1.0)})(jnp.array([1.0, 2.0]))
+        Array([0.75, 1.5 ], dtype=float32)
+    """
+
+    epsilon: float | jax.Array = 1e-6
+
+    kinds: ClassVar[tuple[str, ...]] = ("add", "sum_pool")
+
+    def __post_init__(self):
+        check_number(self, "epsilon")
+
+    def __call__(self, layer, x, z):
+        return scale_tangent(z, quotient(z, stabilize(widen(z), self.epsilon)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualGamma(Rule):
+    """The summand that agrees in sign with the sum counts `1 + gamma` times. Berend et al. 2026.
+
+    `c_a = c z w_a / (w_a a + w_b b)` with `w = 1 + gamma [a z > 0]`: both factors are in [0, 1], nothing is lost and
+    no stabiliser is needed.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> fn = lambda a, b: a + b
+        >>> rp.explain(fn, {"add": rp.ResidualGamma(1.0)}, argnums=(0, 1))(jnp.array(3.0), jnp.array(-1.0))
+        (Array(2.4, dtype=float32), Array(-0.4, dtype=float32))
+    """
+
+    gamma: float | jax.Array = 1.0
+
+    kinds: ClassVar[tuple[str, ...]] = ("add",)
+
+    def __post_init__(self):
+        check_number(self, "gamma")
+
+    def __call__(self, layer, x, z):
+        a, b = x
+        if layer.info.core.name == "sub":
+            b = -b
+        gamma = jnp.asarray(self.gamma, z.dtype)
+        weigh = [jnp.where(v * jnp.sign(z) > 0, 1 + gamma, jnp.ones_like(gamma)) for v in (a, b)]
+        total = scale_tangent(a, weigh[0]) + scale_tangent(b, weigh[1])
+        weighted = a * weigh[0] + b * weigh[1]
+        return scale_tangent(total, quotient(z, weighted, empty=1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProportionalPool(Rule):
+    """Max pooling shared in proportion to the (non-negative) inputs of a window: `R_i = x_i / sum(x) R`. Montavon 2017.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x.max(), {"max_pool": rp.ProportionalPool()})(jnp.array([1.0, 3.0])).round(3)
+        Array([0.75, 2.25], dtype=float32)
+    """
+
+    epsilon: float | jax.Array = 1e-6
+
+    kinds: ClassVar[tuple[str, ...]] = ("max_pool",)
+
+    def __post_init__(self):
+        check_number(self, "epsilon")
+
+    def __call__(self, layer, x, z):
+        params = layer.info.core.params
+        if layer.info.core.name == "reduce_max":
+            total = jnp.sum(x, params["axes"])
+        else:
+            total = lax.reduce_window(
+                x,
+                jnp.zeros((), x.dtype),
+                lax.add,
+                params["window_dimensions"],
+                params["window_strides"],
+                params["padding"],
+                params["base_dilation"],
+                params["window_dilation"],
+            )
+        return scale_tangent(total, quotient(z, stabilize(widen(total), self.epsilon)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Rule):
+    """A product of n live factors hands 1/n of its relevance to each. AttnLRP (Achtibat et al. 2024), prop. 3.2."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("product",)
+
+    def __call__(self, layer, x, z):
+        core = layer.info.core
+        if core.name == "cumprod":
+            axis, length = core.params["axis"], z.shape[core.params["axis"]]
+            count = lax.broadcasted_iota(z.dtype, z.shape, axis) + 1
+            if core.params["reverse"]:
+                count = length + 1 - count
+        elif core.name == "reduce_prod":
+            count = jnp.full_like(z, math.prod(layer.info.live[0].shape[d] for d in core.params["axes"]))
+        else:
+            count = jnp.full_like(z, len(layer.info.live))
+        return scale_tangent(z, 1 / widen(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Rule):
+    """A norm whose statistic is held constant: `c_in = c / statistic`."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("norm",)
+
+    def __call__(self, layer, x, z):
+        statistic = layer.frozen()
+        if layer.info.core.name == "div":
+            return scale_tangent(jnp.broadcast_to(x, z.shape), 1 / widen(jnp.broadcast_to(statistic, z.shape)))
+        return scale_tangent(jnp.broadcast_to(x, z.shape), widen(jnp.broadcast_to(statistic, z.shape)))

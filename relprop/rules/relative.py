@@ -1,0 +1,119 @@
+"""Rules of affine layers that do not read the input: Flat, w^2 and z^B (deep Taylor decomposition).
+
+They hand relevance to inputs of 0 too, so they work in relative space (`Rule.relative`): the map of `r`, the relative
+perturbation of the inputs, whose transpose distributes relevance. Nothing is left for a bias, whatever `bias` says.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import RuleError
+from ..surrogate import quotient, stabilize, widen
+from .affine import AffineRule, negative, positive
+from .base import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeRule(AffineRule):
+    """An affine rule with a relative part only."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("affine",)
+
+    def __call__(self, layer, x, z):
+        return None
+
+    @property
+    def is_relative(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat(RelativeRule):
+    """Every connected input takes the same share: the layer with weights 1 and bias 0. Bach et al. 2016.
+
+    Respects the receptive field and padding. At the first layer it smooths the picture at the resolution of that
+    layer; put on every layer below a chosen one it lowers the resolution.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.Flat())(jnp.array([1.0, 0.0]))
+        Array([1.5, 1.5], dtype=float32)
+    """
+
+    def relative(self, layer, x, z, r):
+        even = layer.with_weights(jnp.ones_like)
+        return quotient(even(r), even(jnp.ones_like(x))).astype(z.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class WSquare(RelativeRule):
+    """`R_i = sum_j w_ij^2 / (sum_i w_ij^2 + epsilon) R_j`, for real-valued inputs. Montavon et al. 2017, eq. 12.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.WSquare())(jnp.array([1.0, 1.0]))
+        Array([1.8, 0.2], dtype=float32)
+    """
+
+    epsilon: float | jax.Array = 0.0
+
+    def relative(self, layer, x, z, r):
+        squared = layer.with_weights(jnp.square)
+        scale = layer.input_scale
+        factor = jnp.ones_like(x) if scale is None else jnp.square(scale)
+        return quotient(squared(factor * r), stabilize(widen(squared(factor)), self.epsilon)).astype(z.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZBox(RelativeRule):
+    """z^B, for inputs in a box such as pixels: `x W - low W+ - high W-`, numerator and denominator alike.
+
+    `low <= x <= high` are numbers or arrays that broadcast to the layer's input (per channel: shape `(C,)` where channels
+    are last), in the units of that input. Where the normalisation of pixels is inside of the explained function it is a
+    part of the layer, and the bounds are raw pixel values. Montavon et al. 2017, eq. 14.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.explain(lambda x: x @ jnp.array([3.0, -1.0]), rp.ZBox(0.0, 1.0))(jnp.array([1.0, 0.5])).round(3)
+        Array([2.143, 0.357], dtype=float32)
+    """
+
+    low: Any
+    high: Any
+    epsilon: float | jax.Array = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if all(isinstance(v, int | float) for v in (self.low, self.high)) and not self.low < self.high:
+            raise RuleError(f"ZBox needs low < high, got low={self.low} and high={self.high}.")
+
+    def check(self, info) -> None:
+        super().check(info)
+        for name in ("low", "high"):
+            shape, expected = jnp.shape(getattr(self, name)), info.input_shapes[0]
+            try:
+                fits = jnp.broadcast_shapes(shape, expected) == expected
+            except ValueError:
+                fits = False
+            if not fits:
+                raise RuleError(
+                    f"ZBox: {name} has the shape {shape}, which does not broadcast to the input {expected} of the layer "
+                    f"{info.address} at {info.where}. Give a number, or an array such as (channels,) or the full shape."
+                )
+
+    def relative(self, layer, x, z, r):
+        shape, dtype = layer.info.live[0].shape, layer.info.live[0].dtype
+        ends = [layer.input(jnp.broadcast_to(jnp.asarray(v, dtype), shape)) for v in (self.low, self.high)]
+        low, high = jnp.minimum(*ends), jnp.maximum(*ends)
+        plus, minus = layer.with_weights(positive), layer.with_weights(negative)
+
+        def box(factor):
+            return layer.linear(x * factor) - plus(low * factor) - minus(high * factor)
+
+        return quotient(box(r), stabilize(widen(box(jnp.ones_like(x))), self.epsilon)).astype(z.dtype)
+
+
+__all__ = ["Flat", "RelativeRule", "Rule", "WSquare", "ZBox"]

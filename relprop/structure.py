@@ -1,0 +1,108 @@
+"""What the planner finds in a program: layers, plain equations and calls, in order of execution."""
+
+import dataclasses
+from typing import Any
+
+from .jaxprs import Equation, Program, Value
+
+AFFINE_KINDS = ("dense", "conv", "affine")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """A place that takes a rule: a group of equations with live inputs and one output.
+
+    `kind` is one of dense, conv, affine, scale, activation, product, norm, softmax, max_pool, sum_pool, add. `core` is
+    the equation that names it; an affine layer also has the equations of its chain before (`pre`) and after (`post`)
+    the core. `live` are the inputs that carry relevance, in the order in which a rule receives them.
+    """
+
+    kind: str
+    equations: tuple[Equation, ...]
+    live: tuple[Value, ...]
+    output: Value
+    core: Equation
+    pre: tuple[Equation, ...] = ()
+    post: tuple[Equation, ...] = ()
+    path: str | None = None
+    frozen: tuple[Value, ...] = ()
+    nonnegative: bool = False
+    shift_dims: frozenset[int] = frozenset()
+    index: int = -1
+    section: str = ""
+
+    @property
+    def primitive(self) -> str:
+        return self.core.name
+
+    @property
+    def scope(self) -> str:
+        """The `named_scope` path, with that of the loop around it."""
+        return "/".join(part for part in (self.section, self.core.scope) if part)
+
+    @property
+    def address(self) -> str:
+        """The parameter path, else the scope, else kind and index."""
+        return self.path or self.scope or f"{self.kind}#{self.index}"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names under which selectors find this layer."""
+        return (self.kind, "affine") if self.kind in AFFINE_KINDS else (self.kind,)
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(v.shape for v in self.live)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.output.shape
+
+    @property
+    def where(self) -> str:
+        return self.core.where
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plain:
+    """Equations that are evaluated as they are: JAX's own VJP is the linearisation."""
+
+    equations: tuple[Equation, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A loop, branch, `remat` or `shard_map`, with a section for each of its bodies."""
+
+    equation: Equation
+    bodies: tuple["Section", ...]
+
+
+Step = Layer | Plain | Call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Section:
+    """A program with what was found in it. `free` equations depend on no explained input and are evaluated first."""
+
+    program: Program
+    free: tuple[Equation, ...]
+    steps: tuple[Step, ...]
+    live: frozenset[Value]
+
+    def layers(self):
+        """All layers, those of bodies included, in order of execution."""
+        for step in self.steps:
+            if isinstance(step, Layer):
+                yield step
+            elif isinstance(step, Call):
+                for body in step.bodies:
+                    yield from body.layers()
+
+
+@dataclasses.dataclass
+class Options:
+    """How to read a program: `fallback` is what happens to unknown primitives, `registered` what users added."""
+
+    fallback: str | None
+    registered: dict[str, Any]

@@ -1,0 +1,94 @@
+"""The change of linearisation: functions with the value of one thing and the tangent of another.
+
+Nothing here uses `stop_gradient` or `custom_vjp`: a ratio is constant only in the linearisation that carries
+relevance, and derivatives *of* an explanation see its true dependence on inputs and parameters.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_jvp
+def with_tangent(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+    """Return `value`, and let tangents through as if it were `surrogate` (same shape and dtype)."""
+    return value
+
+
+@with_tangent.defjvp
+def _with_tangent_jvp(primals, tangents):
+    return primals[0], tangents[1]
+
+
+@jax.custom_jvp
+def scale_tangent(z: jax.Array, ratio: jax.Array) -> jax.Array:
+    """Return `z`, whose tangent is `ratio * dz`.
+
+    `ratio` has the shape of `z` and may be of a wider dtype (float32 for a bfloat16 `z`): the product is taken in
+    the wider dtype and cast back.
+    """
+    return z
+
+
+@scale_tangent.defjvp
+def _scale_tangent_jvp(primals, tangents):
+    z, ratio = primals
+    return z, (ratio * tangents[0].astype(ratio.dtype)).astype(z.dtype)
+
+
+@jax.custom_jvp
+def from_relative(value: jax.Array, relative: jax.Array) -> jax.Array:
+    """Return `value`, whose tangent is `value * d(relative)`.
+
+    The bridge from relative space to coefficients: `relative` is the `r` of `value * (1 + r)`, 0 everywhere, and its
+    cotangent is the relevance of `value`.
+    """
+    return value
+
+
+@from_relative.defjvp
+def _from_relative_jvp(primals, tangents):
+    value = primals[0]
+    return value, (widen(value) * tangents[1].astype(wide_dtype(value))).astype(value.dtype)
+
+
+def wide_dtype(z: jax.Array) -> jnp.dtype:
+    """The dtype in which ratios of `z` are kept: float32 for half precision, else that of `z`."""
+    return jnp.float32 if jnp.finfo(z.dtype).bits < 32 else z.dtype
+
+
+def widen(z: jax.Array) -> jax.Array:
+    """Cast half precision to float32, leave everything else."""
+    return z.astype(wide_dtype(z))
+
+
+def stabilize(z: jax.Array, epsilon=1e-6) -> jax.Array:
+    """`z + epsilon * sign(z)` with `sign(0) = +1`, so that the result is at least `epsilon` away from 0."""
+    epsilon = jnp.asarray(epsilon, z.dtype)
+    return z + jnp.where(z < 0, -epsilon, epsilon)
+
+
+def quotient(a: jax.Array, b: jax.Array, empty=0.0) -> jax.Array:
+    """`a / b` in at least float32, and `empty` wherever `b` is exactly 0; safe to differentiate there."""
+    a, b = widen(a), widen(b)
+    zero = b == 0
+    return jnp.where(zero, jnp.asarray(empty, b.dtype), a / jnp.where(zero, jnp.ones_like(b), b))
+
+
+def secant(f, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The slope `(f(x) - f(0)) / x` of an elementwise `f` with `y = f(x)`, in at least float32.
+
+    Where the quotient would cancel, that is at `|x| < sqrt(eps)` or where `f(x) - f(0)` is small beside `f(0)`, the
+    derivative halfway to 0 stands in for it: the two agree to second order. At exactly 0 it is the derivative from
+    the left, as `jax.nn` has it for relu. Where `f(0)` is not finite (log, 1/x) it counts as 0: the slope is then
+    `y / x`. A slope that is not finite counts as 0 where x is 0, for nothing is handed to an input of 0.
+    """
+    eps, tiny = float(jnp.finfo(x.dtype).eps), float(jnp.finfo(x.dtype).tiny)
+    at_zero = f(jnp.zeros_like(x))
+    at_zero = jnp.where(jnp.isfinite(at_zero), at_zero, jnp.zeros_like(at_zero))
+    rise = y - at_zero
+    small = (jnp.abs(x) < eps**0.5) | (jnp.abs(rise) < eps ** (1 / 3) * jnp.abs(at_zero))
+    middle = jnp.where(x == 0, jnp.full_like(x, -tiny), x / 2)
+    _, derivative = jax.jvp(f, (middle,), (jnp.ones_like(x),))
+    derivative = jnp.where((x == 0) & ~jnp.isfinite(derivative), jnp.zeros_like(derivative), derivative)
+    x_safe = jnp.where(small, jnp.ones_like(x), x)
+    return jnp.where(small, widen(derivative), widen(rise) / x_safe.astype(wide_dtype(y)))

@@ -1,0 +1,255 @@
+"""The public transformations: `explain`, `value_and_explain`, `vjp`, `plan`. One pipeline: trace, plan, interpret, transpose."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .arguments import Leaves, flatten, seeds
+from .composite import as_composite
+from .errors import ArgumentError, NonFiniteRelevanceWarning, TargetError
+from .interpreter import Interpreter
+from .jaxprs import trace
+from .plan import Plan
+from .recognise import number, recognise
+from .registry import REGISTERED
+from .structure import Options
+from .surrogate import quotient
+
+Fallback = Literal["gradient"] | None
+
+
+@dataclasses.dataclass
+class _Planned:
+    """A function, traced at given arguments and planned: all that is needed to run it."""
+
+    leaves: Leaves
+    plan: Plan
+    explained: int
+    shapes: Any
+
+    def run(self, taps=None):
+        """`(outputs, pullback)`: the flat outputs, and seeds for the explained ones -> relevance of each leaf."""
+        interpreter = Interpreter(self.plan.rules, self.plan.needed, REGISTERED, taps)
+        section, leaves = self.plan.section, self.leaves
+        inputs = [leaves.arrays[i] for i in leaves.explained]
+        asked = [section.program.inputs[i] in self.plan.needed for i in leaves.explained]
+
+        def evaluate(xs, rs):
+            operands = list(leaves.arrays)
+            relatives: list[Any] = [None] * len(operands)
+            for i, x, r in zip(leaves.explained, xs, rs, strict=True):
+                operands[i], relatives[i] = x, r
+            outputs, _ = interpreter.evaluate(section, operands, relatives)
+            return outputs[: self.explained], outputs[self.explained :]
+
+        zeros = [jnp.zeros_like(x) if on else None for x, on in zip(inputs, asked, strict=True)]
+        explained, transpose, rest = jax.vjp(evaluate, inputs, zeros, has_aux=True)
+
+        def pullback(coefficients):
+            cs, rs = transpose(coefficients)
+            return [x * c if r is None else x * c + r for x, c, r in zip(inputs, cs, rs, strict=True)]
+
+        return [*explained, *rest], pullback
+
+
+def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=False, fallback=None) -> _Planned:
+    if fallback not in (None, "gradient"):
+        raise ArgumentError(f"fallback must be None or 'gradient', got {fallback!r}.")
+    composite = as_composite(rules)
+    leaves = flatten(fn, args, kwargs, argnums, parameters)
+
+    def flat(*arrays):
+        positional, named = leaves.rebuild(arrays)
+        out = fn(*positional, **named)
+        if has_aux:
+            if not isinstance(out, tuple) or len(out) != 2:
+                raise ArgumentError(f"With has_aux=True the function must return a pair (output, aux), got {type(out).__name__}.")
+            out, aux = out
+        else:
+            aux = None
+        return (target(out) if callable(target) else out), out, aux
+
+    program, shapes = trace(flat, *leaves.arrays)
+    explained = len(jax.tree_util.tree_leaves(shapes[0]))
+    if not any(v.carries_relevance for v in program.outputs[:explained]):
+        given = ", ".join(f"{v.dtype}{list(v.shape)}" for v in program.outputs[:explained]) or "nothing"
+        raise TargetError(f"The function returns {given}: there is no floating-point output whose relevance could be explained.")
+    options = Options(fallback, REGISTERED)
+    live = [i in leaves.data for i in range(len(leaves.arrays))]
+    origins = {v: name for v, name in zip(program.inputs, leaves.names, strict=True) if name is not None}
+    origins = {v: name for i, (v, name) in enumerate(origins.items()) if not live[i]}
+    section, _ = number(recognise(program, live, origins, options))
+    return _Planned(leaves, Plan(section, composite), explained, shapes)
+
+
+def explain(
+    fn: Callable[..., Any],
+    rules: Any,
+    *,
+    argnums: int | Sequence[int] = -1,
+    target: Any = None,
+    has_aux: bool = False,
+    parameters: int | Sequence[int] | None = None,
+    fallback: Fallback = None,
+) -> Callable[..., Any]:
+    """Transform `fn` into a function that returns the relevance of its input for its output.
+
+    Args:
+        fn: any JAX function of arrays in pytrees.
+        rules: a rule for all affine layers, pairs or a mapping of (selector, rule), or a `Composite`. What is not named
+            has the default of its kind: Zero for affine layers and sums, Identity for activations.
+        argnums: the explained argument(s), as in `jax.grad`; the last positional one by default.
+        target: what is explained. `None`: the output as it stands, summed over its elements. An int, or an int array of
+            the shape of the output without its last axis: one class per example. `"top"`: the predicted class. A
+            function: its value at the output.
+        has_aux: whether `fn` returns a pair (output, aux), as in `jax.grad`.
+        parameters: which of `argnums` are parameters. They take part in layers as weights and biases and receive
+            `weight * coefficient`; relevance flows on as if they were not explained, so that biases receive what they
+            absorb. By default the explained arguments that are containers and come before the last positional argument.
+        fallback: `"gradient"` uses the derivative where no rule is known, which is an error otherwise.
+
+    Returns:
+        A function of the same arguments. It returns relevance in the form of the explained argument (a tuple where
+        `argnums` is one), in the units of the output; with `has_aux`, a pair (relevance, aux).
+
+    Raises:
+        UnknownPrimitiveError: `fn` does something live for which no rule is known.
+        NotDifferentiableError: relevance would have to pass an integer input or a `while` loop.
+        TargetError, ArgumentError, RuleError: what is given does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> params = {"w": jnp.array([[1.0, -1.0], [1.0, 2.0]]), "b": jnp.array([0.0, 1.0])}
+        >>> fn = lambda params, x: jnp.maximum(x @ params["w"] + params["b"], 0.0)
+        >>> rp.explain(fn, rp.Epsilon(), target=1)(params, jnp.array([1.0, 2.0])).round(3)
+        Array([-1.,  4.], dtype=float32)
+    """
+    both = value_and_explain(
+        fn, rules, argnums=argnums, target=target, has_aux=has_aux, parameters=parameters, fallback=fallback
+    )
+
+    def explained(*args, **kwargs):
+        value, relevance = both(*args, **kwargs)
+        return (relevance, value[1]) if has_aux else relevance
+
+    return explained
+
+
+def value_and_explain(
+    fn: Callable[..., Any],
+    rules: Any,
+    *,
+    argnums: int | Sequence[int] = -1,
+    target: Any = None,
+    has_aux: bool = False,
+    parameters: int | Sequence[int] | None = None,
+    fallback: Fallback = None,
+) -> Callable[..., Any]:
+    """As `explain`, for a function that returns a pair (value of `fn`, relevance).
+
+    With `has_aux` it returns ((output, aux), relevance), as `jax.value_and_grad` does.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> rp.value_and_explain(lambda x: jnp.sum(x**2), rp.Zero())(jnp.array([1.0, 2.0]))
+        (Array(5., dtype=float32), Array([1., 4.], dtype=float32))
+    """
+
+    def explained(*args, **kwargs):
+        planned = _prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback)
+        outputs, pullback = planned.run()
+        explained_outputs, rest = outputs[: planned.explained], outputs[planned.explained :]
+        relevances = pullback(seeds(explained_outputs, target))
+        _report_non_finite(relevances, explained_outputs)
+        value, aux = jax.tree_util.tree_structure(planned.shapes[1:]).unflatten(rest)
+        return ((value, aux) if has_aux else value), planned.leaves.restore(relevances)
+
+    return explained
+
+
+def vjp(
+    fn: Callable[..., Any],
+    rules: Any,
+    *args: Any,
+    argnums: int | Sequence[int] = -1,
+    parameters: int | Sequence[int] | None = None,
+    fallback: Fallback = None,
+) -> tuple[Any, Callable[[Any], Any]]:
+    """The value of `fn` at `args`, and the map from the relevance of its output to that of its arguments.
+
+    The map takes a pytree of the form of the output. An output element that is exactly 0 has no relevance to hand on.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> value, pullback = rp.vjp(lambda x: x * jnp.array([2.0, 3.0]), rp.Zero(), jnp.array([1.0, 1.0]))
+        >>> pullback(jnp.array([1.0, 0.0]))
+        Array([1., 0.], dtype=float32)
+    """
+    planned = _prepare(fn, rules, args, {}, argnums, parameters, None, False, fallback)
+    outputs, transpose = planned.run()
+    outputs = outputs[: planned.explained]
+    structure = jax.tree_util.tree_structure(planned.shapes[0])
+
+    def pullback(relevance):
+        given, form = jax.tree_util.tree_flatten(relevance)
+        if form != structure:
+            raise ArgumentError(f"The relevance of the output has the form {form}, but the output has the form {structure}.")
+        coefficients = []
+        for y, r in zip(outputs, given, strict=True):
+            if jnp.shape(r) != y.shape:
+                raise ArgumentError(f"The relevance of the output has the shape {jnp.shape(r)}, but the output has {y.shape}.")
+            if jnp.issubdtype(y.dtype, jnp.inexact):
+                coefficients.append(quotient(jnp.asarray(r, y.dtype), y).astype(y.dtype))
+            else:
+                coefficients.append(np.zeros(y.shape, jax.dtypes.float0))
+        return planned.leaves.restore(transpose(coefficients))
+
+    return structure.unflatten(outputs), pullback
+
+
+def plan(
+    fn: Callable[..., Any],
+    rules: Any,
+    argnums: int | Sequence[int] = -1,
+    *,
+    parameters: int | Sequence[int] | None = None,
+    fallback: Fallback = None,
+    target: Any = None,
+    has_aux: bool = False,
+) -> Callable[..., Plan]:
+    """Which layer of `fn` has which rule: a function of the arguments of `fn` that returns a printable `Plan`.
+
+    Nothing is computed; arguments may be `jax.ShapeDtypeStruct`s. Warns of selectors that match nothing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, relprop as rp
+        >>> fn = lambda w, x: jax.nn.relu(x @ w)
+        >>> plan = rp.plan(fn, rp.Epsilon())(jnp.ones((3, 2)), jnp.ones((4, 3)))
+        >>> [(entry.layer.kind, entry.layer.path, entry.rule) for entry in plan]  # doctest: +NORMALIZE_WHITESPACE
+        [('dense', 'w', Epsilon(bias='absorb', epsilon=1e-06)), ('activation', None, Identity())]
+    """
+
+    def planned(*args, **kwargs):
+        return _prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback).plan
+
+    return planned
+
+
+def _report_non_finite(relevances, outputs):
+    """Warn of NaN and infinity in relevance, where values can be looked at: outside of jit and other transformations."""
+    if any(isinstance(v, jax.core.Tracer) for v in [*relevances, *outputs]):
+        return
+    if all(bool(jnp.isfinite(r).all()) for r in relevances):
+        return
+    own = all(bool(jnp.isfinite(y).all()) for y in outputs if jnp.issubdtype(y.dtype, jnp.inexact))
+    cause = (
+        "Its output is finite: look at the rules (a denominator that is 0, an epsilon of 0 in Epsilon or Zero with a bias)."
+        if own
+        else "Its own output is not finite: look at the input and the parameters."
+    )
+    warnings.warn(f"The relevance of the explained function is not finite. {cause}", NonFiniteRelevanceWarning, stacklevel=4)
