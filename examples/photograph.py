@@ -105,8 +105,11 @@ def main():
         started = time.perf_counter()
         relevance = jax.block_until_ready(jax.jit(rp.explain(logits, rules, target=target))(params, pixels))
         seconds = time.perf_counter() - started
-        print(f"{name:>22}: sum {relevance.sum():7.2f}, {seconds:.1f} s with compilation")
-        heatmap(relevance[0], layout="HWC", ax=ax, titles=name)
+        print(f"{name:>22}: sum {relevance.sum():9.3g}, {seconds:.1f} s with compilation")
+        # A few pixels are far more relevant than all others: on a scale up to the largest, only they show.
+        limit = float(jnp.quantile(jnp.abs(relevance[0].sum(axis=-1)), 0.998))
+        heatmap(relevance[0], layout="HWC", ax=ax, titles=name, limit=limit)
+    print("Biases absorb the rest of the logit; in MobileNetV2, with its many batch norms, nearly all of it.")
     figure.savefig(arguments.out, dpi=120)
     print(f"\nheatmaps (red speaks for the class, blue against it): {arguments.out.resolve()}")
 

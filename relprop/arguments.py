@@ -32,7 +32,13 @@ class Leaves:
 
 
 def is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic) or hasattr(leaf, "__jax_array__")
+    """Whether a leaf is traced: arrays, and the shapes that `plan` takes in their place."""
+    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    return isinstance(leaf, kinds) or hasattr(leaf, "__jax_array__")
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
 
 
 def normalise_argnums(argnums: int | Sequence[int], count: int, name: str = "argnums") -> tuple[int, ...]:
@@ -73,7 +79,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
                 continue
             index = len(arrays)
             slots.append(("array", index))
-            arrays.append(jnp.asarray(leaf))
+            arrays.append(_as_array(leaf))
             names.append(label)
             if wanted:
                 explained.append(index)
@@ -84,7 +90,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
     for path, leaf in jax.tree_util.tree_flatten_with_path(kwargs)[0]:
         if is_array(leaf):
             slots.append(("array", len(arrays)))
-            arrays.append(jnp.asarray(leaf))
+            arrays.append(_as_array(leaf))
             names.append(path_name(path))
         else:
             slots.append(("static", leaf))
@@ -118,7 +124,7 @@ def _parameters(numbers, parameters, args) -> set[int]:
 def _explainable(leaf: Any, label: str) -> jax.Array:
     if isinstance(leaf, bool | int) or not (is_array(leaf) or isinstance(leaf, float | complex)):
         raise NotDifferentiableError(_no_relevance(label, type(leaf).__name__))
-    array = jnp.asarray(leaf)
+    array = _as_array(leaf)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise NotDifferentiableError(_no_relevance(label, f"{array.dtype}{list(array.shape)}"))
     return array

@@ -90,7 +90,7 @@ def softmax_layer(core: Equation, flow, facts, taken) -> Layer | None:
 
 def is_chain_link(eqn: Equation, value: Value, flow) -> bool:
     """Whether `eqn` is affine and elementwise in `value`, its one operand that is not free, or a pure reshape of it."""
-    if eqn.inputs.count(value) != 1 or not eqn.outputs[0].carries_relevance:
+    if eqn.inputs.count(value) != 1 or len(eqn.outputs) != 1 or not eqn.outputs[0].carries_relevance:
         return False
     if any(v in flow.dependent for v in eqn.inputs if v is not value):
         return False

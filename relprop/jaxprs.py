@@ -78,6 +78,7 @@ class Equation:
     outputs: tuple[Value, ...]
     source: Any
     scope: str
+    function: str = ""  # the innermost function under `jit` around it, for people to read
 
     @property
     def name(self) -> str:
@@ -126,11 +127,11 @@ def open_program(jaxpr) -> Program:
     inner = getattr(jaxpr, "jaxpr", jaxpr)  # from jax 0.11 a closed jaxpr is a jaxpr, whose `jaxpr` is itself
     env: dict[Any, Value] = {v: Value(v.aval) for v in inner.invars}
     equations: list[Equation] = []
-    outputs = _open(jaxpr, env, equations, scope="", call_source=None)
+    outputs = _open(jaxpr, env, equations)
     return Program(tuple(env[v] for v in inner.invars), tuple(equations), tuple(outputs))
 
 
-def _open(jaxpr, env, equations, scope, call_source) -> list[Value]:
+def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> list[Value]:
     consts = getattr(jaxpr, "consts", ())
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for var, const in zip(jaxpr.constvars, consts or (), strict=True):
@@ -150,12 +151,13 @@ def _open(jaxpr, env, equations, scope, call_source) -> list[Value]:
             filename = getattr(callee_jaxpr.debug_info, "func_filename", None) or ""
             from_library = eqn.primitive.name.startswith("custom_") or _is_library(filename)
             inner_env = dict(zip(callee_jaxpr.invars, inputs, strict=True))
-            outputs = _open(callee, inner_env, equations, here, source if from_library else call_source)
+            label = eqn.params.get("name") or function
+            outputs = _open(callee, inner_env, equations, here, source if from_library else call_source, label)
             env.update(zip(eqn.outvars, outputs, strict=True))
         else:
             outputs = tuple(Value(v.aval) for v in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
-            equations.append(Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here))
+            equations.append(Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here, function))
     return [lookup(atom) for atom in jaxpr.outvars]
 
 

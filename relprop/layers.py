@@ -108,10 +108,10 @@ class AffineView(LayerView):
         core = self.info.core
         if not _is_scaled(self.info.post, core.outputs[0]):
             return weight
-        blank = jnp.ones(core.outputs[0].shape, core.outputs[0].dtype)
+        blank = self._fill(core.outputs[0], 1)
         # Chains are diagonal up to reshapes: the transpose applied to ones is the factor of each core output.
         _, transpose = jax.vjp(lambda v: self._after(v, keep=_LINEAR_LINKS), blank)
-        (factor,) = transpose(jnp.ones(self.info.output.shape, self.info.output.dtype))
+        (factor,) = transpose(self._fill(self.info.output, 1))
         _, pairs = weight_dims(core, self._weight)
         outputs = [out for out, _ in pairs]
         index = tuple(slice(None) if d in outputs else slice(0, 1) for d in range(factor.ndim))
@@ -130,11 +130,11 @@ class AffineView(LayerView):
         """What the layer gives for an input of 0, in the shape of its output."""
         core = self.info.core
         if any(e.name in ("add", "sub", "add_any") for e in self.info.pre):
-            shift = self._before(jnp.zeros(self.info.live[0].shape, self.info.live[0].dtype))
+            shift = self._before(self._fill(self.info.live[0], 0))
             value = run((core,), self._env, {self._operand: self._shrink(shift)})[core.outputs[0]]
             value = jnp.broadcast_to(value, core.outputs[0].shape)
         else:
-            value = jnp.zeros(core.outputs[0].shape, core.outputs[0].dtype)
+            value = self._fill(core.outputs[0], 0)
         return self._after(value)
 
     @property
@@ -150,7 +150,11 @@ class AffineView(LayerView):
         """The factor by which each input is scaled before it is mixed; None when there is none."""
         if not _is_scaled(self.info.pre, self.info.live[0]):
             return None
-        return self.input(jnp.ones(self.info.live[0].shape, self.info.live[0].dtype))
+        return self.input(self._fill(self.info.live[0], 1))
+
+    def _fill(self, value: Value, number) -> jax.Array:
+        """An array for `value` with one number in it, sharded and varying over devices as the weight is."""
+        return lax.full_like(read(self._env, self._weight), number, value.dtype, value.shape)
 
     def _before(self, x, keep=None):
         return _chain(self.info.pre, self._env, self.info.live[0], x, keep)

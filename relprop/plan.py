@@ -67,7 +67,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     file, _, rest = layer.where.rpartition("/")
     return (
         str(layer.index),
-        layer.path or layer.scope or "-",
+        layer.path or "/".join(part for part in (layer.scope, layer.core.function) if part) or "-",
         layer.kind,
         layer.primitive,
         f"{shapes} -> {list(layer.output_shape)}",

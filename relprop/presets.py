@@ -62,7 +62,7 @@ def excitation_backprop(epsilon=1e-6) -> Composite:
 def guided_backprop() -> Composite:
     """Guided backpropagation: positive coefficients at active units only. Springenberg et al. 2015.
 
-    Relevance is input times the guided gradient; `relprop.coefficients` gives the guided gradient itself.
+    Relevance is input times the guided gradient; `explain(..., coefficients=True)` returns the guided gradient itself.
     """
     return _composite((kind("activation"), GuidedBackprop()))
 
@@ -70,6 +70,6 @@ def guided_backprop() -> Composite:
 def deconvnet() -> Composite:
     """Deconvolution: the activation function is applied to the coefficient. Zeiler and Fergus 2014.
 
-    Relevance is input times the deconvnet signal; `relprop.coefficients` gives the signal itself.
+    Relevance is input times the deconvnet signal; `explain(..., coefficients=True)` returns the signal itself.
     """
     return _composite((kind("activation"), Deconvnet()))

@@ -32,12 +32,17 @@ class _Planned:
     explained: int
     shapes: Any
 
+    @property
+    def relative_inputs(self) -> list[bool]:
+        """Which explained leaves take part in relative space."""
+        inputs = self.plan.section.program.inputs
+        return [inputs[i] in self.plan.needed for i in self.leaves.explained]
+
     def run(self, taps=None):
         """`(outputs, pullback)`: the flat outputs, and seeds for the explained ones -> relevance of each leaf."""
         interpreter = Interpreter(self.plan.rules, self.plan.needed, REGISTERED, taps)
         section, leaves = self.plan.section, self.leaves
         inputs = [leaves.arrays[i] for i in leaves.explained]
-        asked = [section.program.inputs[i] in self.plan.needed for i in leaves.explained]
 
         def evaluate(xs, rs):
             operands = list(leaves.arrays)
@@ -47,11 +52,13 @@ class _Planned:
             outputs, _ = interpreter.evaluate(section, operands, relatives)
             return outputs[: self.explained], outputs[self.explained :]
 
-        zeros = [jnp.zeros_like(x) if on else None for x, on in zip(inputs, asked, strict=True)]
+        zeros = [jnp.zeros_like(x) if on else None for x, on in zip(inputs, self.relative_inputs, strict=True)]
         explained, transpose, rest = jax.vjp(evaluate, inputs, zeros, has_aux=True)
 
-        def pullback(coefficients):
-            cs, rs = transpose(coefficients)
+        def pullback(seeds, multiply=True):
+            cs, rs = transpose(seeds)
+            if not multiply:
+                return cs
             return [x * c if r is None else x * c + r for x, c, r in zip(inputs, cs, rs, strict=True)]
 
         return [*explained, *rest], pullback
@@ -96,6 +103,7 @@ def explain(
     has_aux: bool = False,
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
+    coefficients: bool = False,
 ) -> Callable[..., Any]:
     """Transform `fn` into a function that returns the relevance of its input for its output.
 
@@ -112,6 +120,8 @@ def explain(
             `weight * coefficient`; relevance flows on as if they were not explained, so that biases receive what they
             absorb. By default the explained arguments that are containers and come before the last positional argument.
         fallback: `"gradient"` uses the derivative where no rule is known, which is an error otherwise.
+        coefficients: return the coefficients `c` of the explained arguments, not the relevance `x * c`. This is the
+            picture of methods that modify the gradient, such as guided backpropagation.
 
     Returns:
         A function of the same arguments. It returns relevance in the form of the explained argument (a tuple where
@@ -130,7 +140,14 @@ def explain(
         Array([-1.,  4.], dtype=float32)
     """
     both = value_and_explain(
-        fn, rules, argnums=argnums, target=target, has_aux=has_aux, parameters=parameters, fallback=fallback
+        fn,
+        rules,
+        argnums=argnums,
+        target=target,
+        has_aux=has_aux,
+        parameters=parameters,
+        fallback=fallback,
+        coefficients=coefficients,
     )
 
     def explained(*args, **kwargs):
@@ -149,6 +166,7 @@ def value_and_explain(
     has_aux: bool = False,
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
+    coefficients: bool = False,
 ) -> Callable[..., Any]:
     """As `explain`, for a function that returns a pair (value of `fn`, relevance).
 
@@ -164,7 +182,12 @@ def value_and_explain(
         planned = _prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback)
         outputs, pullback = planned.run()
         explained_outputs, rest = outputs[: planned.explained], outputs[planned.explained :]
-        relevances = pullback(seeds(explained_outputs, target))
+        if coefficients and any(planned.relative_inputs):
+            raise ArgumentError(
+                "coefficients=True asks for the factor c of relevance = input * c, but a rule at the first layers (Flat, "
+                "WSquare, ZBox, bias='distribute' or a relevance function) gives relevance that is not of that form."
+            )
+        relevances = pullback(seeds(explained_outputs, target), multiply=not coefficients)
         _report_non_finite(relevances, explained_outputs)
         value, aux = jax.tree_util.tree_structure(planned.shapes[1:]).unflatten(rest)
         return ((value, aux) if has_aux else value), planned.leaves.restore(relevances)

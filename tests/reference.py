@@ -37,9 +37,9 @@ def stabilize(z, epsilon=EPSILON):
 
 
 def divide(a, b):
-    """a / b, and 0 / 0 = 0."""
+    """a / b, and a / 0 = 0: where there are no contributions, there is nothing to hand on."""
     a, b = np.broadcast_arrays(a, b)
-    return np.divide(a, b, out=np.zeros(a.shape), where=(a != 0) | (b != 0))
+    return np.divide(a, b, out=np.zeros(a.shape), where=b != 0)
 
 
 # Affine layers.

@@ -28,8 +28,9 @@ def assert_close(relevance, expected):
 
 
 def on_layers(rule):
-    """The rule wherever there are weights: on affine layers and on factors that stand alone."""
-    return [("affine", rule), ("scale", rule)]
+    """The rule on affine layers and, where it is made for them, on factors that stand alone."""
+    kinds = ("affine", "scale") if isinstance(rule, rp.Zero | rp.Epsilon) else ("affine",)
+    return [(rp.optional(kind), rule) for kind in kinds]
 
 
 def pool(x, initial, combine, window):
@@ -84,11 +85,11 @@ JULIA_LAYERS = {
 # The stabiliser is 1e-9 wherever the rule has none of its own.
 JULIA_RULES = {
     "ZeroRule": on_layers(rp.Zero()),
-    "EpsilonRule": [*on_layers(rp.Epsilon(1e-6)), ("sum_pool", rp.Norm(1e-6))],
+    "EpsilonRule": [*on_layers(rp.Epsilon(1e-6)), (rp.optional("sum_pool"), rp.Norm(1e-6))],
     "AlphaBetaRule": on_layers(rp.AlphaBeta(2.0, 1.0, epsilon=1e-9)),
     "ZPlusRule": on_layers(rp.ZPlus(epsilon=1e-9)),
     "GeneralizedGammaRule": on_layers(rp.Gamma(0.25, epsilon=1e-9)),
-    "ZBoxRule": on_layers(rp.ZBox(0.0, 1.0)),
+    "ZBoxRule": on_layers(rp.ZBox(0.0, 1.0, epsilon=1e-9)),
     "WSquareRule": on_layers(rp.WSquare()),
     "FlatRule": on_layers(rp.Flat()),
 }
@@ -99,8 +100,12 @@ JULIA_LEFT_OUT = {
     "LayerNormRule": "*",
     # Its stabiliser also shrinks the winner's share. relprop's winner takes all, as it does in ZeroRule.
     "EpsilonRule": ("MaxPool", "GlobalMaxPool"),
-    # Compared where float32 allows it, by the test below.
-    "ZBoxRule": ("Conv",),
+    # For a factor that stands alone relprop has Zero and Epsilon: with a single contribution per output there is
+    # nothing for the other rules to weigh up but the bias.
+    **dict.fromkeys(("AlphaBetaRule", "ZPlusRule", "GeneralizedGammaRule"), ("Scale_identity", "Scale_relu")),
+    **dict.fromkeys(("FlatRule", "WSquareRule"), ("Scale_relu",)),
+    # The convolution is compared where float32 allows it, by the test below.
+    "ZBoxRule": ("Scale_relu", "Conv"),
 }
 
 
@@ -130,15 +135,23 @@ def test_relevance_propagation_jl(rule, layer):
 
 
 def test_relevance_propagation_jl_where_float32_suffices():
-    """In z^B of the convolution the terms of one denominator, 20.1 in magnitude, cancel to 0.030.
+    """In z^B of the convolution some denominators cancel, as the inputs are not between the bounds.
 
-    Float32 then has 4e-5 at most; what is stored differs by 1.7e-5 within the receptive field of that output
-    (example 1, channel 1, row 3, column 2) and nowhere else.
+    The worst is 0.030 where its terms add up to 20.1; what is stored differs by 1.7e-5 at the inputs of that
+    output. Compared are inputs that take no part in a denominator more than 50 times less than its terms.
     """
-    relevance = np.array(julia_relevances("Conv")["ZBoxRule"])
-    expected = JULIA["R.ZBoxRule.Conv"].copy()
-    relevance[1, :, 3:6, 2:5] = expected[1, :, 3:6, 2:5] = 0
-    assert_close(relevance, expected)
+    kernel, x = JULIA["conv.W_oihw_crosscorr"], JULIA["conv.x_nchw"]
+
+    def conv(kernel, x):
+        return lax.conv(x, kernel, (1, 1), "VALID")
+
+    below, ones = np.minimum(kernel, 0), np.ones_like(x)
+    denominators = conv(kernel, x) - conv(below, ones)
+    terms = conv(abs(kernel), abs(x)) - conv(below, ones)
+    _, reads = jax.vjp(lambda x: conv(jnp.ones_like(kernel), x), x)
+    safe = np.where(reads(jnp.where(terms > 50 * abs(denominators), 1.0, 0.0))[0] == 0, 1.0, 0.0)
+    assert safe.mean() > 0.5
+    assert_close(julia_relevances("Conv")["ZBoxRule"] * safe, JULIA["R.ZBoxRule.Conv"] * safe)
 
 
 # iNNvestigate. The largest output of an example is explained; the inputs are not negative, the biases 0.
@@ -166,7 +179,7 @@ INNVESTIGATE_RULES = {
     "LRPZ": on_layers(rp.Zero()),
     "LRPZIgnoreBias": on_layers(rp.Zero(bias="ignore")),
     "LRPZ_Flat_input_layer_rule": on_layers(rp.Flat()),
-    "LRPZ_boxed_input_layer_rule": on_layers(rp.ZBox(-10.0, 10.0)),
+    "LRPZ_boxed_input_layer_rule": on_layers(rp.ZBox(-10.0, 10.0, epsilon=UNSTABILISED)),
     "LRPEpsilon": on_layers(rp.Epsilon(1e-7)),
     "LRPEpsilonIgnoreBias": on_layers(rp.Epsilon(1e-7, bias="ignore")),
     "LRPZPlus": on_layers(rp.ZPlus(epsilon=UNSTABILISED)),
@@ -178,15 +191,15 @@ INNVESTIGATE_RULES = {
     "LRPFlat": on_layers(rp.Flat()),
     "LRPWSquare": on_layers(rp.WSquare()),
     "DeepTaylor": on_layers(rp.ZPlus(epsilon=UNSTABILISED, bias="ignore")),
-    "BoundedDeepTaylor": on_layers(rp.ZBox(-128.0, 128.0)),
+    "BoundedDeepTaylor": on_layers(rp.ZBox(-128.0, 128.0, epsilon=UNSTABILISED)),
     # Like relprop's presets, but for the 0.1.
     "LRPSequentialPresetA": [
-        ("conv", rp.ZPlus(epsilon=UNSTABILISED)),
-        ("dense", rp.Epsilon(0.1)),
+        (rp.optional("conv"), rp.ZPlus(epsilon=UNSTABILISED)),
+        (rp.optional("dense"), rp.Epsilon(0.1)),
     ],
     "LRPSequentialPresetB": [
-        ("conv", rp.AlphaBeta(2.0, 1.0, epsilon=UNSTABILISED)),
-        ("dense", rp.Epsilon(0.1)),
+        (rp.optional("conv"), rp.AlphaBeta(2.0, 1.0, epsilon=UNSTABILISED)),
+        (rp.optional("dense"), rp.Epsilon(0.1)),
     ],
     "LRPSequentialPresetAFlat": rp.presets.epsilon_plus_flat(),
     "LRPSequentialPresetBFlat": rp.presets.epsilon_alpha2_beta1_flat(),
@@ -230,3 +243,25 @@ def test_innvestigate(analyzer, layer):
     if (analyzer, layer) in INNVESTIGATE_LEFT_OUT:
         pytest.skip("iNNvestigate's deep Taylor passes the gradient through average pooling")
     assert_close(innvestigate_relevances(layer)[analyzer], innvestigate_stored(analyzer, layer)[1])
+
+
+# The gradients among its analysers. relprop's relevance is the input, which is nowhere 0, times what they return.
+# All but Gradient start from the value of the output instead of 1.
+
+INNVESTIGATE_GRADIENTS = {
+    "Gradient": ("activation", rp.Gradient()),
+    "GuidedBackprop": ("activation", rp.GuidedBackprop()),
+    "Deconvnet": ("activation", rp.Deconvnet()),
+}
+
+
+@pytest.mark.parametrize("layer", INNVESTIGATE_LAYERS)
+@pytest.mark.parametrize("analyzer", INNVESTIGATE_GRADIENTS)
+def test_innvestigate_gradients(analyzer, layer):
+    kernel, attribution = innvestigate_stored(analyzer, layer)
+    function = flattened(layer)
+    selector, rule = INNVESTIGATE_GRADIENTS[analyzer]
+    relevance = rp.explain(function, [(rp.optional(selector), rule)], target="top")(kernel, X)
+    if analyzer != "Gradient":
+        relevance = relevance * function(kernel, X).max(1).reshape(-1, 1, 1, 1)
+    assert_close(relevance, X * attribution)

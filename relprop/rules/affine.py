@@ -48,6 +48,8 @@ class AffineRule(Rule):
         parts = []
         for share, total in self.terms(layer, x, z):
             ratio = quotient(z, stabilize(widen(total), epsilon), empty=self.empty)
+            # Nothing contributes to a total of exactly 0; z / epsilon would only overflow in narrow dtypes.
+            ratio = jnp.where((total == 0) & (jnp.abs(ratio) > 1), jnp.zeros_like(ratio), ratio)
             parts.append(scale_tangent(total, jnp.asarray(share, ratio.dtype) * ratio))
         return sum(parts[1:], parts[0])
 
