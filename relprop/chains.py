@@ -78,7 +78,7 @@ def softmax_layer(core: Equation, flow, facts, taken) -> Layer | None:
     total = back_to("reduce_sum", core.inputs[1])
     below = total and back_to("exp", total.inputs[0])
     above = below and back_to("exp", core.inputs[0])
-    if not above or below is not above or above.inputs[0] not in flow.live:
+    if not above or below.inputs[0] is not above.inputs[0] or above.inputs[0] not in flow.live:
         return None
     members = sorted(set(members), key=flow.position.__getitem__)
     if any(flow.exits.intersection(e.outputs) for e in members[:-1]):

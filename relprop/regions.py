@@ -2,12 +2,14 @@
 
 Every elementwise equation whose live operands all derive from one *source* by elementwise equations belongs to the
 region of that source. Where a value of a region is read from outside, the part of the region between source and that
-value is one activation, however it is written. Affine equations with parameters at its ends (a batch norm that stands
-alone) are layers of their own, of kind `scale`.
+value is one activation, however it is written. Affine equations with parameters that all paths go through (a batch norm
+that stands alone) are layers of their own, of kind `scale`.
 """
 
+import itertools
+
 from . import primitives as prims
-from .chains import is_chain_link, parametric
+from .chains import is_linear_here, parametric
 from .jaxprs import Equation, Value
 from .structure import Layer, Options, Plain
 
@@ -69,62 +71,54 @@ def _members(value: Value, source: Value, sources, flow, facts) -> list[Equation
 
 
 def _split(value: Value, sources, flow, facts):
-    """Steps from the source of `value` to it: leading scale, activation, trailing scale, whichever there are."""
+    """The steps from the source of `value` to it, each with its output: activations, and scales between them."""
     source = sources[value]
     members = _members(value, source, sources, flow, facts)
     if value not in flow.live:
         yield Plain(tuple(members)), value
         return
-    head = _run(source, members, flow)
-    if len(head) == len(members):
-        if any(parametric(e, flow, facts) for e in members):
-            yield _scale(members, source, flow, facts), value
+    for is_scale, equations in _runs(_blocks(members, source, flow), flow, facts):
+        out = equations[-1].outputs[0]
+        if is_scale:
+            yield _scale(equations, source, flow, facts), out
+        elif all(is_linear_here(e, flow) for e in equations):
+            yield Plain(tuple(equations)), out
         else:
-            yield Plain(tuple(members)), value
-        return
-    while head and not parametric(head[-1], flow, facts):
-        head.pop()
-    if head:
-        yield _scale(head, source, flow, facts), head[-1].outputs[0]
-        source = head[-1].outputs[0]
-        members = [e for e in members if e not in head]
-    tail = _tail(value, members, flow)
-    while tail and not parametric(tail[0], flow, facts):
-        tail.pop(0)
-    middle = [e for e in members if e not in tail]
-    out = middle[-1].outputs[0]
-    core = next((e for e in reversed(middle) if e.name in prims.NONLINEAR), middle[-1])
-    yield Layer("activation", tuple(middle), (source,), out, core), out
-    if tail:
-        yield _scale(tail, out, flow, facts), value
+            core = next((e for e in reversed(equations) if e.name in prims.NONLINEAR), equations[-1])
+            yield Layer("activation", tuple(equations), (source,), out, core), out
+        source = out
 
 
-def _run(value: Value, members, flow) -> list[Equation]:
-    """The chain of affine equations that starts at `value`, as long as it is the only way on."""
-    chain: list[Equation] = []
-    while True:
-        readers = [e for e in members if value in e.inputs]
-        if len(readers) != 1 or not is_chain_link(readers[0], value, flow):
-            return chain
-        chain.append(readers[0])
-        value = readers[0].outputs[0]
+def _blocks(members, source: Value, flow) -> list[list[Equation]]:
+    """Cut a region at every value that all paths from its source go through."""
+    last_read = {v: i for i, e in enumerate(members) for v in e.inputs}
+    blocks: list[list[Equation]] = [[]]
+    reach = last_read[source]
+    for i, eqn in enumerate(members):
+        blocks[-1].append(eqn)
+        if reach <= i and i + 1 < len(members):
+            blocks.append([])
+        reach = max([reach, *(last_read.get(v, i) for v in eqn.outputs)])
+    return blocks
 
 
-def _tail(value: Value, members, flow) -> list[Equation]:
-    """The chain of affine equations that ends at `value`."""
-    chain: list[Equation] = []
-    for eqn in reversed(members):
-        if eqn.outputs[0] is not value:
-            return chain
-        moving = [v for v in eqn.inputs if v in flow.dependent]
-        if len(moving) != 1 or not is_chain_link(eqn, moving[0], flow):
-            return chain
-        readers = [e for e in members if moving[0] in e.inputs]
-        if readers != [eqn]:
-            return chain
-        chain.insert(0, eqn)
-        value = moving[0]
-    return chain
+def _runs(blocks, flow, facts):
+    """Merge blocks into runs: scales, which begin and end with parameters, and what lies between them."""
+    runs: list[tuple[bool, list[Equation]]] = []
+    for affine, group in itertools.groupby(blocks, lambda block: len(block) == 1 and is_linear_here(block[0], flow)):
+        equations = [e for block in group for e in block]
+        marks = [i for i, e in enumerate(equations) if affine and parametric(e, flow, facts)]
+        start, stop = (marks[0], marks[-1] + 1) if marks else (0, 0)
+        for is_scale, part in (
+            (False, equations[:start]),
+            (True, equations[start:stop]),
+            (False, equations[stop:]),
+        ):
+            if part and runs and runs[-1][0] == is_scale:
+                runs[-1][1].extend(part)
+            elif part:
+                runs.append((is_scale, part))
+    return runs
 
 
 def _scale(equations, source: Value, flow, facts) -> Layer:

@@ -100,8 +100,8 @@ JULIA_LEFT_OUT = {
     "LayerNormRule": "*",
     # Its stabiliser also shrinks the winner's share. relprop's winner takes all, as it does in ZeroRule.
     "EpsilonRule": ("MaxPool", "GlobalMaxPool"),
-    # For a factor that stands alone relprop has Zero and Epsilon: with a single contribution per output there is
-    # nothing for the other rules to weigh up but the bias.
+    # For a factor that stands alone relprop has Zero and Epsilon: with a single contribution per output,
+    # other rules have nothing to weigh up but the bias.
     **dict.fromkeys(("AlphaBetaRule", "ZPlusRule", "GeneralizedGammaRule"), ("Scale_identity", "Scale_relu")),
     **dict.fromkeys(("FlatRule", "WSquareRule"), ("Scale_relu",)),
     # The convolution is compared where float32 allows it, by the test below.
@@ -245,7 +245,7 @@ def test_innvestigate(analyzer, layer):
     assert_close(innvestigate_relevances(layer)[analyzer], innvestigate_stored(analyzer, layer)[1])
 
 
-# The gradients among its analysers. relprop's relevance is the input, which is nowhere 0, times what they return.
+# The gradients among its analysers. relprop's relevance is the input (nowhere 0) times what they return.
 # All but Gradient start from the value of the output instead of 1.
 
 INNVESTIGATE_GRADIENTS = {

@@ -517,7 +517,7 @@ def test_pullback_of_the_output_is_the_explanation(rules):
 # Precision.
 
 
-@pytest.mark.parametrize("name", ["conv_mixed_2d", "dense_tanh"])
+@pytest.mark.parametrize("name", ["conv_1d", "dense_tanh"])
 @pytest.mark.parametrize(
     "rules", [rp.Epsilon(1e-2), rp.ZPlus(), rp.Gamma(0.25)], ids=["epsilon", "zplus", "gamma"]
 )
@@ -643,7 +643,7 @@ def test_gradient_by_a_hyperparameter(rule):
 
 
 def test_gradient_of_the_explanation_of_a_convolutional_network():
-    name = "conv_mixed_2d"
+    name = "conv_1d"
     params, x = networks.init(name), networks.sample(name)
     weight, direction = random_like(6, x), random_like(7, x)
     explain = rp.explain(networks.NETWORKS[name], rp.presets.epsilon_gamma_box(-1.5, 1.5), target=1)
@@ -675,8 +675,8 @@ EXTREME = {
     "1e-10": 1e-10 * np.sign(VECTORS),
     "1e-12": 1e-12 * np.sign(VECTORS),
     "subnormal": 1e-310 * np.sign(VECTORS),
-    "huge": 1e100 * VECTORS,
-    "mixed": np.resize([0.0, 1e-12, -1e-10, 1.0, -1e100, 1e100], VECTORS.shape),
+    "huge": 1e30 * VECTORS,
+    "mixed": np.resize([0.0, 1e-12, -1e-10, 1.0, -1e30, 1e30], VECTORS.shape),
     "negative zero": -0.0 * np.ones_like(VECTORS),
 }
 FRAGILE = {
@@ -698,8 +698,6 @@ FRAGILE = {
 def test_finite_at_extreme_inputs(network, rules):
     explain = jax.jit(rp.explain(FRAGILE[network], rules))
     for name, x in EXTREME.items():
-        # 1e100 squared and summed is finite, but not twice
-        x = np.clip(x, -1e30, 1e30)
         assert np.isfinite(explain((KERNELS, BIASES), x)).all(), name
 
 
@@ -720,7 +718,7 @@ def test_denominators_that_cancel(rules):
 
 # Networks drawn at random.
 
-generated = settings(max_examples=4, deadline=None, derandomize=True, database=None)
+generated = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 
 
 @st.composite

@@ -251,7 +251,7 @@ def test_rules(layer):
 
 @pytest.mark.parametrize(
     "layer",
-    ["dense", "inner_axis", "conv_2d_strided", "batch_norm_before_padding", "factor_per_position_before"],
+    ["dense", "inner_axis", "conv_1d_strided_dilated", "batch_norm_before"],
 )
 def test_treatments_of_the_bias(layer):
     layer = LAYERS[layer]
@@ -275,7 +275,7 @@ SURROUNDINGS = {
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
 @pytest.mark.parametrize(
-    "layer", ["dense", "subtracted", "conv_2d_strided", "batch_norm_before", "factor_per_position_before"]
+    "layer", ["dense", "conv_1d_strided_dilated", "batch_norm_before", "factor_per_position_before"]
 )
 def test_known_signs_do_not_matter(layer, surroundings):
     layer = LAYERS[layer]
