@@ -19,7 +19,7 @@ def affine_layer(core: Equation, flow, facts, taken) -> Layer | None:
         return None
     weight = next(v for v in core.inputs if v is not operand)
     pre = _chain_before(operand, core, flow, facts, taken)
-    post = _chain_after(core, weight, flow, facts, taken)
+    post = _chain_after(core, flow, facts, taken)
     source = _live_input(pre[0], flow) if pre else operand
     output = (post[-1] if post else core).outputs[0]
     kind = prims.MIXING[core.name]
@@ -37,6 +37,7 @@ def affine_layer(core: Equation, flow, facts, taken) -> Layer | None:
         frozen=(weight,),
         nonnegative=facts.is_nonnegative(source) and not rescaled,
         shift_dims=_shift_dims(pre, flow, facts),
+        foldable=_factor_dims(post, flow, facts) <= weight_dims(core, weight)[0],
     )
 
 
@@ -137,12 +138,10 @@ def _chain_before(value: Value, reader: Equation, flow, facts, taken) -> list[Eq
     return chain
 
 
-def _chain_after(core: Equation, weight: Value, flow, facts, taken) -> list[Equation]:
+def _chain_after(core: Equation, flow, facts, taken) -> list[Equation]:
     chain: list[Equation] = []
     value = core.outputs[0]
     while (eqn := flow.sole_consumer(value)) is not None and eqn not in taken and is_chain_link(eqn, value, flow):
-        if _is_scale(eqn) and not _foldable(eqn, chain, core, weight, flow, facts):
-            break
         chain.append(eqn)
         value = eqn.outputs[0]
     before_activation = eqn is not None and eqn.name in prims.ELEMENTWISE and not is_linear_here(eqn, flow)
@@ -180,14 +179,15 @@ def _live_input(eqn: Equation, flow) -> Value | None:
     return live[0] if len(live) == 1 and eqn.inputs.count(live[0]) == 1 else None
 
 
-def _foldable(scale: Equation, chain, core: Equation, weight: Value, flow, facts) -> bool:
-    """Whether a factor after the core varies only along dimensions that the weight has too."""
-    factor = [v for v in scale.inputs if v not in flow.dependent]
-    dims = facts.varying(factor[0]) if factor and factor[0].ndim else frozenset()
-    for eqn in reversed(chain):
+def _factor_dims(post, flow, facts) -> frozenset[int]:
+    """The dimensions of the core's output along which the factor that follows it may vary."""
+    dims: frozenset[int] = frozenset()
+    for eqn in reversed(post):
         if eqn.name in prims.PURE_RESHAPE:
             dims = dims_back(eqn, dims)
-    return dims <= weight_dims(core, weight)[0]
+        elif _is_scale(eqn):
+            dims |= frozenset().union(*(facts.varying(v) for v in eqn.inputs if v not in flow.dependent))
+    return dims
 
 
 def weight_dims(core: Equation, weight: Value) -> tuple[frozenset[int], list[tuple[int, int]]]:

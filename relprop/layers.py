@@ -80,18 +80,27 @@ class AffineView(LayerView):
 
     def linear(self, x: jax.Array) -> jax.Array:
         """The layer at `x` without its bias."""
-        return self.with_weights(lambda w: w)(x)
+        env = {self._operand: x}
+        return self._after(run((self.info.core,), self._env, env)[self.info.core.outputs[0]], keep=_LINEAR_LINKS)
 
     def with_weights(self, f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-        """The linear map whose weights are `f(weight)`, elementwise, without bias."""
-        weight = f(self.weight)
+        """The linear map whose weights are `f(weight)`, elementwise, without bias.
 
-        def apply(x):
+        Where a factor `q` after the core cannot be folded into the weight (it differs from example to example), the map
+        is `|q| f(sign(q) weight)`: the same for every `f` with `f(a w) = a f(w)` for `a > 0`, and in all ratios.
+        """
+
+        def mix(weight, x):
             env = {self._operand: x, self._weight: weight.astype(self._weight.dtype)}
             value = run((self.info.core,), self._env, env)[self.info.core.outputs[0]]
             return self._after(value, keep=prims.PURE_RESHAPE)
 
-        return apply
+        if self.info.foldable:
+            weight = f(self.weight)
+            return lambda x: mix(weight, x)
+        factor = self._after(self._fill(self.info.core.outputs[0], 1), keep=_LINEAR_LINKS)
+        up, down = f(self.weight), f(-self.weight)
+        return lambda x: jnp.abs(factor) * jnp.where(factor < 0, mix(down, x), mix(up, x))
 
     @property
     def _weight(self) -> Value:
@@ -103,10 +112,10 @@ class AffineView(LayerView):
 
     @cached_property
     def weight(self) -> jax.Array:
-        """The effective weight: that of the mixing primitive, times every factor that follows it."""
+        """The effective weight: that of the mixing primitive, times every factor that follows it if it can be folded."""
         weight = read(self._env, self._weight)
         core = self.info.core
-        if not _is_scaled(self.info.post, core.outputs[0]):
+        if not self.info.foldable or not _is_scaled(self.info.post, core.outputs[0]):
             return weight
         blank = self._fill(core.outputs[0], 1)
         # Chains are diagonal up to reshapes: the transpose applied to ones is the factor of each core output.

@@ -144,7 +144,7 @@ def recognise(program: Program, live, origins, options: Options, dependent=None,
         dataclasses.replace(
             step,
             section=section,
-            nonnegative=step.nonnegative or all(facts.is_nonnegative(v) for v in step.live),
+            nonnegative=step.nonnegative if step.pre else all(facts.is_nonnegative(v) for v in step.live),
         )
         if isinstance(step, Layer)
         else step
@@ -184,7 +184,8 @@ def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: 
             return layer("norm", (numerator,), frozen=(denominator,))
     if name in ("add", "sub", "add_any") and len(live) == 2:
         return layer("add")
-    if name in prims.STRUCTURAL and name not in ("mul", "div"):
+    complex_abs = name == "abs" and live[0].dtype.kind == "c"  # homogeneous: its derivative conserves
+    if name in prims.STRUCTURAL or complex_abs:
         return Plain((eqn,))
     if name in ("mul", "div") and len(live) == 1 and (name == "mul" or eqn.inputs[0] is live[0]):
         return Plain((eqn,))

@@ -14,7 +14,7 @@ class Layer:
 
     `kind` is one of dense, conv, affine, scale, activation, product, norm, softmax, max_pool, sum_pool, add. `core` is
     the equation that names it; an affine layer also has the equations of its chain before (`pre`) and after (`post`)
-    the core. `live` are the inputs that carry relevance, in the order in which a rule receives them.
+    the core; `foldable` says whether the factor after the core can be folded into the weight. `live` are the inputs that carry relevance, in the order in which a rule receives them.
     """
 
     kind: str
@@ -28,6 +28,7 @@ class Layer:
     frozen: tuple[Value, ...] = ()
     nonnegative: bool = False
     shift_dims: frozenset[int] = frozenset()
+    foldable: bool = True
     index: int = -1
     section: str = ""
 

@@ -405,3 +405,19 @@ def test_softmax_is_its_vjp():
     picked = rp.explain(by_hand, None, target=1)(x)
     np.testing.assert_allclose(picked, rp.explain(jax.nn.softmax, None, target=1)(x), atol=1e-12)
     assert [kind for kind, _ in layers(by_hand, x)] == ["softmax"]
+
+
+@pytest.mark.parametrize("rule", AFFINE_RULES, ids=str)
+def test_a_factor_that_differs_between_examples_belongs_to_the_layer(rule):
+    """Rows of a batch scaled by factors of both signs: each row as if its factor were in the weight."""
+    factors = jnp.array([2.0, -1.0, 0.5, -3.0, 1.0])
+
+    def fn(x):
+        return (x @ W) * factors[:, None] + row(B, x)
+
+    assert layers(fn, VECTORS) == [("dense", "dot_general")]
+    relevance = rp.explain(fn, rule)(VECTORS)
+    for i, factor in enumerate(factors):
+        one = VECTORS[i : i + 1]
+        expected = rp.explain(lambda x, q=factor: x @ (q * W) + row(B, x), rule)(one)
+        np.testing.assert_allclose(relevance[i : i + 1], expected, rtol=1e-9, atol=1e-11)
