@@ -19,7 +19,8 @@ class Leaves:
     """The flattened arguments of a call.
 
     `arrays` are the leaves that are traced, named by `names`; everything else (flags, strings, functions) is static.
-    `explained` and `data` index into `arrays`: what relevance is asked of, and where the flow of relevance starts.
+    `explained` and `data` index into `arrays`: what relevance is asked of, and where the flow of relevance starts (the
+    explained arguments that are not parameters; the last positional argument where only parameters are explained).
     `rebuild(arrays)` gives back the arguments; `restore(relevances)` puts relevances into the explained arguments' form.
     """
 
@@ -85,7 +86,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
                 explained.append(index)
             if wanted and position not in held:
                 data.append(index)
-            if not wanted and jnp.issubdtype(arrays[-1].dtype, jnp.inexact) and path == ():
+            if not wanted and position == len(args) - 1 and jnp.issubdtype(arrays[-1].dtype, jnp.inexact):
                 others.append(index)
     for path, leaf in jax.tree_util.tree_flatten_with_path(kwargs)[0]:
         if is_array(leaf):
@@ -133,8 +134,8 @@ def _explainable(leaf: Any, label: str) -> jax.Array:
 def _no_relevance(label: str, given: str) -> str:
     return (
         f"The explained argument '{label}' is {given}, which carries no relevance: relevance is carried by floating-point "
-        "arrays. Cast it to a float (pixels: x.astype('float32')), explain a float argument with `argnums`, or, for "
-        "integer tokens, explain the embeddings that they select."
+        "arrays. Cast it to a float (pixels: x.astype('float32')), explain a float argument with `argnums`, explain the "
+        "embeddings that integer tokens select, or split what is no array off a module (eqx.partition, nnx.split)."
     )
 
 

@@ -18,7 +18,7 @@ def affine_layer(core: Equation, flow, facts, taken) -> Layer | None:
     if core.inputs.count(operand) != 1 or (core.name == "ragged_dot_general" and operand is not core.inputs[0]):
         return None
     weight = next(v for v in core.inputs if v is not operand)
-    pre = _chain_before(operand, core, flow, facts, taken)
+    pre = _chain_before(operand, flow, facts, taken)
     post = _chain_after(core, flow, facts, taken)
     source = _live_input(pre[0], flow) if pre else operand
     output = (post[-1] if post else core).outputs[0]
@@ -82,18 +82,17 @@ def softmax_layer(core: Equation, flow, facts, taken) -> Layer | None:
     if not above or below.inputs[0] is not above.inputs[0] or above.inputs[0] not in flow.live:
         return None
     members = sorted(set(members), key=flow.position.__getitem__)
-    if any(flow.exits.intersection(e.outputs) for e in members[:-1]):
-        return None
-    if any(reader not in members for e in members[:-1] for reader in flow.consumers[e.outputs[0]]):
+    inner = [v for e in members[:-1] for v in e.outputs]
+    if flow.exits.intersection(inner) or any(r not in members for v in inner for r in flow.consumers[v]):
         return None
     return Layer("softmax", tuple(members), (above.inputs[0],), core.outputs[0], core)
 
 
-def is_chain_link(eqn: Equation, value: Value, flow) -> bool:
+def is_chain_link(eqn: Equation, value: Value, flow, others_may_depend: bool = False) -> bool:
     """Whether `eqn` is affine and elementwise in `value`, its one operand that is not free, or a pure reshape of it."""
     if eqn.inputs.count(value) != 1 or len(eqn.outputs) != 1 or not eqn.outputs[0].carries_relevance:
         return False
-    if any(v in flow.dependent for v in eqn.inputs if v is not value):
+    if not others_may_depend and any(v in flow.dependent for v in eqn.inputs if v is not value):
         return False
     shape = eqn.outputs[0].shape
     if eqn.name in prims.PURE_RESHAPE:
@@ -117,19 +116,19 @@ def follows_nonlinearity(value: Value, flow, facts) -> bool:
 
 
 def is_linear_here(eqn: Equation, flow) -> bool:
-    """Whether an elementwise equation is affine with a single moving operand."""
-    moving = [v for v in eqn.inputs if v in flow.dependent]
-    return len(moving) == 1 and is_chain_link(eqn, moving[0], flow)
+    """Whether an elementwise equation is affine in its one live operand; others may depend on the input."""
+    live = flow.live_operands(eqn)
+    return len(live) == 1 and is_chain_link(eqn, live[0], flow, others_may_depend=True)
 
 
-def _chain_before(value: Value, reader: Equation, flow, facts, taken) -> list[Equation]:
+def _chain_before(value: Value, flow, facts, taken) -> list[Equation]:
     chain: list[Equation] = []
     while (eqn := facts.producer.get(value)) is not None and eqn not in taken:
         source = _live_input(eqn, flow)
-        if flow.sole_consumer(value) is not reader or source is None or not is_chain_link(eqn, source, flow):
+        if source is None or not is_chain_link(eqn, source, flow):
             break
         chain.insert(0, eqn)
-        value, reader = source, eqn
+        value = source
     after_activation = follows_nonlinearity(value, flow, facts)
     while chain and (
         chain[0].name in prims.PURE_RESHAPE or (after_activation and not parametric(chain[0], flow, facts))

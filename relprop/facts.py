@@ -30,10 +30,11 @@ class Facts:
     def is_literal(self, value: Value) -> bool:
         """Whether `value` is made of numbers in the code alone, not of arrays or arguments."""
         if isinstance(value, Constant):
-            return value.ndim == 0
+            return value.literal
         if value not in self._literal:
             eqn = self.producer.get(value)
-            self._literal[value] = eqn is not None and all(self.is_literal(v) for v in eqn.inputs)
+            known = eqn is not None and eqn.name in prims.ELEMENTWISE | prims.PURE_RESHAPE | prims.SUM_POOL
+            self._literal[value] = known and all(self.is_literal(v) for v in eqn.inputs)
         return self._literal[value]
 
     def varying(self, value: Value) -> frozenset[int]:
@@ -60,10 +61,10 @@ class Facts:
         if value not in self._nonnegative:
             self._nonnegative[value] = False  # a cycle cannot occur; this only stops a wrong program early
             eqn = self.producer.get(value)
-            self._nonnegative[value] = eqn is not None and self._sign_of(eqn)
+            self._nonnegative[value] = eqn is not None and self._sign_of(eqn, eqn.outputs.index(value))
         return self._nonnegative[value]
 
-    def _sign_of(self, eqn: Equation) -> bool:
+    def _sign_of(self, eqn: Equation, output: int) -> bool:
         name, inputs = eqn.name, eqn.inputs
         positive = self.is_nonnegative
         if name in ("exp", "exp2", "logistic", "abs", "square", "cosh", "erfc", "sqrt", "rsqrt"):
@@ -81,6 +82,8 @@ class Facts:
         if name in ("div", "add", "add_any", "min", "pow", "concatenate", "pad", "dynamic_update_slice", "scatter-add"):
             floats = [v for v in inputs if v.carries_relevance]
             return all(map(positive, floats))
+        if name in ("sort", "psum", "psum_invariant", "pvary", "optimization_barrier"):
+            return len(inputs) == len(eqn.outputs) and positive(inputs[output])
         if name in _KEEPS_SIGN:
             return positive(inputs[0])
         return False
@@ -91,9 +94,8 @@ _KEEPS_SIGN = (
     | prims.SUM_POOL
     | prims.MAX_POOL
     | frozenset(
-        "slice dynamic_slice gather reduce_min reduce_window_min cumsum cummax sort name stop_gradient psum tanh "
-        "expm1 log1p cbrt sharding_constraint floor ceil round optimization_barrier reduce_precision psum_invariant "
-        "pvary reduce_prod cumprod".split()
+        "slice dynamic_slice gather reduce_min reduce_window_min cumsum cummax name stop_gradient tanh expm1 log1p cbrt "
+        "sharding_constraint floor ceil round reduce_precision reduce_prod cumprod".split()
     )
 )
 

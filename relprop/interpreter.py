@@ -14,10 +14,10 @@ from jax import lax
 
 from . import primitives as prims
 from .errors import RuleError
-from .jaxprs import REMAT, Constant, Equation, Value, read, scan_groups
+from .jaxprs import REMAT, Environment, Equation, Value, read, scan_groups
 from .layers import AffineView, LayerView
 from .structure import AFFINE_KINDS, Call, Layer, Plain, Section
-from .surrogate import from_relative, quotient, with_tangent
+from .surrogate import from_relative, reciprocal, scale_tangent, with_tangent
 
 
 class Interpreter:
@@ -34,27 +34,29 @@ class Interpreter:
         self.registered = registered
         self.taps = taps or {}
 
-    def evaluate(self, section: Section, operands, relatives):
-        """Values and relatives (None where not needed) of the outputs of `section`."""
+    def evaluate(self, section: Section, operands, relatives, asked=()):
+        """The values of the outputs of `section`, and the relatives of those at the positions `asked`."""
         program = section.program
-        env: dict[Value, Any] = dict(zip(program.inputs, operands, strict=True))
+        env = Environment(section.producer)
+        env.update(zip(program.inputs, operands, strict=True))
         rel: dict[Value, Any] = {
             v: r for v, r in zip(program.inputs, relatives, strict=True) if v in self.needed and r is not None
         }
-        for eqn in section.free:
-            env.update(zip(eqn.outputs, eqn.evaluate(*(read(env, v) for v in eqn.inputs)), strict=True))
         for step in section.steps:
             if isinstance(step, Layer):
                 self._layer(step, env, rel)
             elif isinstance(step, Call):
-                self._call(step, section, env, rel)
+                self._call(step, env, rel)
             else:
                 self._plain(step, env, rel)
-        return [read(env, v) for v in program.outputs], [self._relative(rel, env, v) for v in program.outputs]
+        for eqn in section.effects:
+            env.run(eqn)
+        outputs = [read(env, v) for v in program.outputs]
+        return outputs, [rel.get(program.outputs[i], jnp.zeros_like(outputs[i])) for i in asked]
 
     def _relative(self, rel, env, value: Value):
         """The relative of `value`: 0, without a tangent, where nothing explained is above it."""
-        if value not in self.needed or isinstance(value, Constant):
+        if value not in self.needed:
             return None
         return rel[value] if value in rel else jnp.zeros_like(env[value])
 
@@ -91,18 +93,21 @@ class Interpreter:
         env[layer.output] = out
         if layer.output in self.needed:
             handed = [self._relative(rel, env, v) for v in layer.live]
-            rel[layer.output] = self._layer_relative(layer, surrogate if tangent is not None else None, inputs, handed, value, part)
+            if tangent is None:
+                rel[layer.output] = part
+                return
+            passed = self._passed(layer, rule, surrogate, inputs, handed, value)
+            rel[layer.output] = passed if part is None else passed + part
 
     @staticmethod
-    def _layer_relative(layer: Layer, surrogate, inputs, relatives, value, part):
-        if layer.kind in ("activation", "norm") and part is None:
+    def _passed(layer: Layer, rule, surrogate, inputs, relatives, value):
+        """What a rule of coefficients makes of relatives: `J(x r) / z`, and `r` itself where elements are kept apart."""
+        if layer.kind in ("activation", "norm", "scale"):
             return jnp.broadcast_to(relatives[0], value.shape).astype(value.dtype)
-        if surrogate is None:
-            return part
-        directions = relatives if layer.kind == "max_pool" else [x * r for x, r in zip(inputs, relatives, strict=True)]
+        selects = layer.kind == "max_pool" and rule.selects
+        directions = relatives if selects else [x * r for x, r in zip(inputs, relatives, strict=True)]
         _, tangent = jax.jvp(surrogate, tuple(inputs), tuple(directions))
-        tangent = tangent if layer.kind == "max_pool" else quotient(tangent, value).astype(value.dtype)
-        return tangent if part is None else tangent + part
+        return tangent if selects else scale_tangent(tangent, reciprocal(value))
 
     @staticmethod
     def _checked(surrogate, layer: Layer, z):
@@ -138,7 +143,7 @@ class Interpreter:
             _, tangents = jax.jvp(of_moving, tuple(xs), tuple(directions))
             carrying = [v for v in eqn.outputs if v.carries_relevance]
             for v, tangent in zip(carrying, tangents, strict=True):
-                rel[v] = tangent if selects else quotient(tangent, env[v]).astype(tangent.dtype)
+                rel[v] = tangent if selects else scale_tangent(tangent, reciprocal(env[v]))
 
     def _evaluator(self, eqn: Equation):
         custom = self.registered.get(eqn.name)
@@ -155,51 +160,49 @@ class Interpreter:
 
         return evaluate
 
-    def _call(self, step: Call, section: Section, env, rel):
+    def _call(self, step: Call, env, rel):
         eqn = step.equation
         operands = [read(env, v) for v in eqn.inputs]
-        relatives = [rel.get(v) if v in self.needed else None for v in eqn.inputs]
+        relatives = [rel.get(v) for v in eqn.inputs]
+        asked = [i for i, v in enumerate(eqn.outputs) if v in self.needed]
+        found: list[Any] = []
         if eqn.name in REMAT:
             body = jax.checkpoint(
-                self._body(step.bodies[0]), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+                self._body(step.bodies[0], asked), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
             )
-            outputs, out_relatives = body(operands, relatives)
+            outputs, found = body(operands, relatives)
         elif eqn.name == "cond":
-            branches = [self._body(body) for body in step.bodies]
-            outputs, out_relatives = lax.switch(operands[0], branches, operands[1:], relatives[1:])
+            branches = [self._body(body, asked) for body in step.bodies]
+            outputs, found = lax.switch(operands[0], branches, operands[1:], relatives[1:])
         elif eqn.name == "scan":
-            outputs, out_relatives = self._scan(eqn, step.bodies[0], operands), [None] * len(eqn.outputs)
+            outputs = self._scan(eqn, step.bodies[0], operands)
         elif eqn.name == "shard_map":
-            outputs, out_relatives = self._shard_map(eqn, step.bodies[0], operands, relatives)
+            outputs, found = self._shard_map(eqn, step.bodies[0], operands, relatives, asked)
         else:
-            outputs, out_relatives = eqn.evaluate(*operands), [None] * len(eqn.outputs)
+            outputs = eqn.evaluate(*operands)
         env.update(zip(eqn.outputs, outputs, strict=True))
-        rel.update((v, r) for v, r in zip(eqn.outputs, out_relatives, strict=True) if r is not None)
+        rel.update((eqn.outputs[i], r) for i, r in zip(asked, found, strict=True))
 
-    def _body(self, body: Section):
-        return lambda operands, relatives: self.evaluate(body, operands, relatives)
+    def _body(self, body: Section, asked):
+        return lambda operands, relatives: self.evaluate(body, operands, relatives, asked)
 
-    def _shard_map(self, eqn: Equation, body: Section, operands, relatives):
+    def _shard_map(self, eqn: Equation, body: Section, operands, relatives, asked):
         params = eqn.params
         given = [i for i, r in enumerate(relatives) if r is not None]
-        wanted = [i for i, v in enumerate(body.program.outputs) if v in self.needed]
 
         def shard(xs, rs):
             full = dict(zip(given, rs, strict=True))
-            outputs, out_relatives = self.evaluate(body, xs, [full.get(i) for i in range(len(xs))])
-            return outputs, [out_relatives[i] for i in wanted]
+            return self.evaluate(body, xs, [full.get(i) for i in range(len(xs))], asked)
 
         in_specs, out_specs = list(params["in_specs"]), list(params["out_specs"])
-        outputs, found = jax.shard_map(
+        return jax.shard_map(
             shard,
             mesh=params["mesh"],
             in_specs=(in_specs, [in_specs[i] for i in given]),
-            out_specs=(out_specs, [out_specs[i] for i in wanted]),
+            out_specs=(out_specs, [out_specs[i] for i in asked]),
             axis_names=frozenset(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
         )(operands, [relatives[i] for i in given])
-        by_position = dict(zip(wanted, found, strict=True))
-        return outputs, [by_position.get(i) for i in range(len(outputs))]
 
     def _scan(self, eqn: Equation, body: Section, operands):
         consts, carry = scan_groups(eqn.params)

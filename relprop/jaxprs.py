@@ -63,9 +63,10 @@ class Value:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant(Value):
-    """A value that is written into the program: a literal or a closed-over array."""
+    """A value that is written into the program: a number in the code (`literal`), or a closed-over array."""
 
     value: Any
+    literal: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +80,7 @@ class Equation:
     source: Any
     scope: str
     function: str = ""  # the innermost function under `jit` around it, for people to read
+    has_effects: bool = False
 
     @property
     def name(self) -> str:
@@ -109,12 +111,29 @@ class Program:
     equations: tuple[Equation, ...]
     outputs: tuple[Value, ...]
 
-    def evaluate(self, *operands):
-        """Run the program as it stands, without any change of linearisation."""
-        env = dict(zip(self.inputs, operands, strict=True))
-        for eqn in self.equations:
-            env.update(zip(eqn.outputs, eqn.evaluate(*(read(env, v) for v in eqn.inputs)), strict=True))
-        return [read(env, v) for v in self.outputs]
+
+class Environment(dict[Value, Any]):
+    """The arrays of values. One that is not there is computed, as the program has it, when it is asked for."""
+
+    def __init__(self, producer: dict[Value, Equation]):
+        super().__init__()
+        self._producer = producer
+
+    def __missing__(self, value: Value):
+        pending = [value]
+        while pending:
+            eqn = self._producer[pending[-1]]
+            missing = [v for v in eqn.inputs if not isinstance(v, Constant) and v not in self]
+            if missing:
+                pending.extend(missing)
+                continue
+            if pending.pop() not in self:
+                self.run(eqn)
+        return self[value]
+
+    def run(self, eqn: Equation):
+        """Evaluate one equation and keep its outputs."""
+        self.update(zip(eqn.outputs, eqn.evaluate(*(read(self, v) for v in eqn.inputs)), strict=True))
 
 
 def read(env: dict[Value, Any], value: Value):
@@ -138,7 +157,7 @@ def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> lis
         env[var] = Constant(var.aval, const)
 
     def lookup(atom) -> Value:
-        return Constant(atom.aval, atom.val) if isinstance(atom, jex_core.Literal) else env[atom]
+        return Constant(atom.aval, atom.val, literal=not atom.aval.shape) if isinstance(atom, jex_core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
         inputs = [lookup(atom) for atom in eqn.invars]
@@ -157,7 +176,7 @@ def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> lis
         else:
             outputs = tuple(Value(v.aval) for v in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
-            equations.append(Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here, function))
+            equations.append(Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here, function, bool(eqn.effects)))
     return [lookup(atom) for atom in jaxpr.outvars]
 
 

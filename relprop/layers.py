@@ -91,7 +91,7 @@ class AffineView(LayerView):
         """
 
         def mix(weight, x):
-            env = {self._operand: x, self._weight: weight.astype(self._weight.dtype)}
+            env = {self._operand: x, self._weight: weight.astype(self._weight_dtype)}
             value = run((self.info.core,), self._env, env)[self.info.core.outputs[0]]
             return self._after(value, keep=prims.PURE_RESHAPE)
 
@@ -107,15 +107,21 @@ class AffineView(LayerView):
         return self.info.frozen[0]
 
     @property
+    def _weight_dtype(self):
+        """The weight's dtype; that of the other operand for weights that are integers (quantised ones)."""
+        return (self._weight if self._weight.carries_relevance else self._operand).dtype
+
+    @property
     def _operand(self) -> Value:
         return self.info.pre[-1].outputs[0] if self.info.pre else self.info.live[0]
 
     @cached_property
     def weight(self) -> jax.Array:
         """The effective weight: that of the mixing primitive, times every factor that follows it if it can be folded."""
-        weight = read(self._env, self._weight)
+        weight = read(self._env, self._weight).astype(self._weight_dtype)
         core = self.info.core
-        if not self.info.foldable or not _is_scaled(self.info.post, core.outputs[0]):
+        scaled = self.info.foldable and _is_scaled(self.info.post, core.outputs[0])
+        if not scaled or 0 in core.outputs[0].shape:
             return weight
         blank = self._fill(core.outputs[0], 1)
         # Chains are diagonal up to reshapes: the transpose applied to ones is the factor of each core output.

@@ -17,7 +17,7 @@ LINEAR = frozenset("add sub mul div neg convert_element_type copy copy_p reduce_
 # (`where(x > 0, ...)`, `sign(x) * ...`, `x - floor(x)`).
 PIECEWISE_CONSTANT = frozenset(
     "and ceil eq eq_to floor ge gt is_finite le le_to lt lt_to ne nextafter not or population_count round sign xor "
-    "shift_left shift_right_arithmetic shift_right_logical clz mulhi stop_gradient".split()
+    "shift_left shift_right_arithmetic shift_right_logical clz mulhi".split()
 )
 ELEMENTWISE = NONLINEAR | LINEAR | PIECEWISE_CONSTANT
 
@@ -28,6 +28,7 @@ MIXING = {"dot_general": "dense", "conv_general_dilated": "conv", "ragged_dot_ge
 SELECTION = frozenset(
     "all_gather all_gather_invariant all_gather_reduced all_to_all approx_top_k broadcast_in_dim clamp concatenate "
     "convert_element_type copy copy_p cummax cummin device_put dynamic_slice dynamic_update_slice expand_dims gather "
+    "global_array_to_host_local_array host_local_array_to_global_array "
     "layout_constraint max min name optimization_barrier pad pbroadcast pbroadcast_dynamic ppermute preduced pvary "
     "ragged_all_to_all reduce_max reduce_min reduce_precision reduce_window_max reduce_window_min "
     "reduced_vary_cast reduced_vary_cast_p relayout reshape reshard rev scatter select_and_gather_add select_n "
@@ -59,7 +60,7 @@ CALLS = frozenset({"scan", "while", "cond", "shard_map", "remat2", "remat", "che
 DISCRETE = PIECEWISE_CONSTANT | frozenset(
     "after_all argmax argmin axis_index bitcast_convert_type check create_token dce_sink debug_callback debug_print "
     "from_edtype inspect_sharding iota random_bits random_fold_in random_gamma random_seed random_split "
-    "random_unwrap random_wrap reduce_and reduce_or reduce_xor rng_bit_generator rng_uniform threefry2x32 "
+    "random_unwrap random_wrap reduce_and reduce_or reduce_xor rng_bit_generator rng_uniform stop_gradient threefry2x32 "
     "to_edtype".split()
 )
 

@@ -1,7 +1,6 @@
 """Find the layers of a program by dataflow: liveness, affine chains, pools, softmax, merges, then elementwise regions."""
 
 import dataclasses
-import itertools
 from collections import defaultdict
 
 from . import primitives as prims
@@ -17,25 +16,33 @@ class Flow:
     """How relevance can move through one program.
 
     A value is *live* when it depends on an explained input and has a tangent, *dependent* when it depends on one at
-    all, and *free* otherwise.
+    all, and *free* otherwise. It *carries* relevance when it is live and a target can be reached from it through live
+    values. Only equations that carry relevance count as `consumers`: dead code, auxiliary outputs, masks and prints
+    may read a value without changing what the layers are.
     """
 
-    def __init__(self, program: Program, live_inputs, dependent_inputs):
+    def __init__(self, program: Program, live_inputs, dependent_inputs, targets=None):
         self.program = program
         self.live: set[Value] = {v for v, on in zip(program.inputs, live_inputs, strict=True) if on}
         self.dependent: set[Value] = {v for v, on in zip(program.inputs, dependent_inputs, strict=True) if on}
         self.dependent |= self.live
-        self.consumers: dict[Value, list[Equation]] = defaultdict(list)
         self.position: dict[Equation, int] = {}
         for position, eqn in enumerate(program.equations):
             self.position[eqn] = position
-            for v in dict.fromkeys(eqn.inputs):
-                self.consumers[v].append(eqn)
             if not any(v in self.dependent for v in eqn.inputs):
                 continue
             self.dependent.update(eqn.outputs)
             self.live.update(v for v, on in zip(eqn.outputs, self._live_outputs(eqn), strict=True) if on)
-        self.exits = set(program.outputs)
+        self.exits = set(program.outputs if targets is None else targets) & self.live
+        self.carries: set[Value] = set(self.exits)
+        self.moving: list[Equation] = []
+        self.consumers: dict[Value, list[Equation]] = defaultdict(list)
+        for eqn in reversed(program.equations):
+            if any(v in self.carries for v in eqn.outputs):
+                self.moving.insert(0, eqn)
+                self.carries.update(v for v in eqn.inputs if v in self.live)
+                for v in dict.fromkeys(eqn.inputs):
+                    self.consumers[v].insert(0, eqn)
 
     def _live_outputs(self, eqn: Equation) -> list[bool]:
         live_in = [v in self.live for v in eqn.inputs]
@@ -47,8 +54,22 @@ class Flow:
     def live_operands(self, eqn: Equation) -> list[Value]:
         return [v for v in eqn.inputs if v in self.live]
 
+    def release(self, layer: Layer):
+        """Let `layer` read the source of the chain before its core: it has a copy of the chain, others may have theirs."""
+        if not layer.pre:
+            return
+        source, reader = layer.live[0], layer.core
+        self.consumers[source].append(layer.core)
+        for link in reversed(layer.pre):
+            value = link.outputs[0]
+            self.consumers[value].remove(reader)
+            if self.consumers[value] or value in self.exits:
+                return
+            reader = link
+        self.consumers[source].remove(reader)
+
     def sole_consumer(self, value: Value) -> Equation | None:
-        """The one equation that reads `value`, or None when there are several, or when it leaves the program."""
+        """The one equation that hands relevance to `value`, or None when there are several, or when it is a target."""
         readers = self.consumers[value]
         return readers[0] if len(readers) == 1 and value not in self.exits else None
 
@@ -103,54 +124,50 @@ def _body_jaxprs(eqn: Equation):
     return (eqn.params["jaxpr"],)
 
 
-def recognise(program: Program, live, origins, options: Options, dependent=None, section="", nonnegative=()) -> Section:
+def recognise(
+    program: Program, live, origins, options: Options, *, dependent=None, targets=None, section="", nonnegative=()
+) -> Section:
     """Find the layers of `program`.
 
-    `live` says for each input whether relevance can reach it, `origins` maps inputs to parameter paths, `nonnegative`
-    holds inputs that are known to be >= 0. Layers have no index yet (see `number`).
+    `live` says for each input whether relevance can reach it, `origins` maps inputs to parameter paths, `targets` are
+    the outputs that are explained (all by default), `nonnegative` holds inputs that are known to be >= 0. Layers have no
+    index yet (see `number`).
     """
-    flow = Flow(program, live, live if dependent is None else dependent)
+    flow = Flow(program, live, live if dependent is None else dependent, targets)
     facts = Facts(program.equations, origins, set(nonnegative))
-    free = tuple(e for e in program.equations if not any(v in flow.dependent for v in e.inputs))
-    moving = [e for e in program.equations if any(v in flow.dependent for v in e.inputs)]
-
     steps: dict[int, list] = defaultdict(list)  # by the position of the equation that completes a step
     taken: set[Equation] = set()
-
-    def place(layer: Layer):
-        taken.update(layer.equations)
-        steps[flow.position[layer.equations[-1]]].append(layer)
-
     for finder in (softmax_layer, sum_pool_layer, affine_layer):
-        for eqn in moving:
+        for eqn in flow.moving:
             if eqn not in taken and eqn.name not in options.registered:
                 layer = finder(eqn, flow, facts, taken)
                 if layer is not None:
-                    place(layer)
-    regions, sources = find_regions(moving, flow, facts, taken, options)
+                    # A chain before the core is copied where others read it too; what is left of it is found below.
+                    taken.update(e for e in layer.equations if e not in layer.pre)
+                    flow.release(layer)
+                    steps[flow.position[layer.equations[-1]]].append(layer)
+    regions, inside = find_regions(flow, facts, taken, options)
     for layer in regions:
         steps[flow.position[layer.equations[-1]]].append(layer)
-    inside = set(sources)
-    product_members: set[Equation] = set()
-    for eqn in reversed(moving):
-        if eqn in taken or eqn in product_members or (eqn.outputs and all(v in inside for v in eqn.outputs)):
+    members: set[Equation] = set()
+    for eqn in reversed(flow.moving):
+        read = [v for v in eqn.outputs if flow.consumers[v] or v in flow.exits]
+        if eqn in taken or eqn in members or all(v in inside for v in read):
             continue
         step = _single(eqn, flow, facts, options, section, inside)
         if isinstance(step, Layer):
-            product_members.update(step.equations)
+            members.update(step.equations)
         steps[flow.position[eqn]].append(step)
-    ordered = tuple(itertools.chain.from_iterable(steps[k] for k in sorted(steps)))
-    ordered = tuple(
-        dataclasses.replace(
-            step,
-            section=section,
-            nonnegative=step.nonnegative if step.pre else all(facts.is_nonnegative(v) for v in step.live),
-        )
-        if isinstance(step, Layer)
-        else step
-        for step in ordered
-    )
-    return Section(program, free, ordered, frozenset(flow.live))
+    ordered = [_finish(step, facts, section) for position in sorted(steps) for step in steps[position]]
+    effects = tuple(e for e in program.equations if e.has_effects and e not in set(flow.moving))
+    return Section(program, tuple(ordered), frozenset(flow.live), facts.producer, effects)
+
+
+def _finish(step, facts: Facts, section: str):
+    if not isinstance(step, Layer):
+        return step
+    known = step.nonnegative if step.pre else all(facts.is_nonnegative(v) for v in step.live)
+    return dataclasses.replace(step, section=section, nonnegative=known)
 
 
 def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: str, inside) -> Layer | Plain | Call:
@@ -159,7 +176,7 @@ def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: 
     name = eqn.name
     if name in prims.CALLS:
         return _call(eqn, flow, facts, options, section)
-    if not any(v in flow.live for v in eqn.outputs) or name in options.registered:
+    if name in options.registered:
         return Plain((eqn,))
     out = eqn.outputs[0]
 
@@ -253,8 +270,8 @@ def _product(eqn: Equation, flow: Flow, facts: Facts, inside) -> Layer:
 
 def _call(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: str) -> Call:
     live = [v in flow.live for v in eqn.inputs]
-    bodies, outputs = call_liveness(eqn, live, [v in flow.dependent for v in eqn.inputs])
-    if eqn.name == "while" and any(outputs):
+    bodies, _ = call_liveness(eqn, live, [v in flow.dependent for v in eqn.inputs])
+    if eqn.name == "while" and any(v in flow.carries for v in eqn.outputs):
         raise NotDifferentiableError(
             f"Relevance cannot be propagated backwards through the `while` loop at {eqn.where}: the number of its "
             "steps is not known before it runs. Use `lax.scan`, or `lax.fori_loop` with a static trip count."
@@ -272,9 +289,16 @@ def _call(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: st
         pairs = list(zip(program.inputs, operands, strict=True))
         origins = {inner: facts.origin(outer) for inner, outer in pairs}
         positive = {v for i, (v, outer) in enumerate(pairs) if i not in carried and facts.is_nonnegative(outer)}
-        sections.append(
-            recognise(program, body_live, origins, options, body_dependent, _loop_scope(where, eqn), positive)
+        inner = recognise(
+            program,
+            body_live,
+            origins,
+            options,
+            dependent=body_dependent,
+            section=_loop_scope(where, eqn),
+            nonnegative=positive,
         )
+        sections.append(inner)
     return Call(eqn, tuple(sections))
 
 

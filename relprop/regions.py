@@ -14,25 +14,27 @@ from .jaxprs import Equation, Value
 from .structure import Layer, Options, Plain
 
 
-def find_regions(moving, flow, facts, taken, options: Options):
+def find_regions(flow, facts, taken, options: Options):
     """Return the steps of all regions and the set of values that they produce or hold inside."""
-    sources = _sources(moving, flow, taken, options)
-    steps: dict[Value, list] = {}
-    for eqn in moving:
+    sources = _sources(flow, taken, options)
+    steps: dict[Value, Layer | Plain] = {}
+    for eqn in flow.moving:
         for value in eqn.outputs:
-            if value in sources and _leaves(value, sources, flow, taken):
+            if value in sources and value in flow.carries and _leaves(value, sources, flow, taken):
                 for layer, output in _split(value, sources, flow, facts):
                     steps.setdefault(output, layer)
     return list(steps.values()), set(sources)
 
 
-def _sources(moving, flow, taken, options: Options) -> dict[Value, Value]:
+def _sources(flow, taken, options: Options) -> dict[Value, Value]:
     """The source of every value inside a region."""
     sources: dict[Value, Value] = {}
-    for eqn in moving:
+    for eqn in flow.program.equations:
         if eqn in taken or eqn.name not in prims.ELEMENTWISE or eqn.name in options.registered:
             continue
         out = eqn.outputs[0]
+        if out not in flow.dependent:
+            continue
         live = {sources.get(v, v) for v in eqn.inputs if v in flow.live}
         if not live and out not in flow.live:  # a comparison of dependent values, the sign of one ...
             live = {sources.get(v, v) for v in eqn.inputs if v in flow.dependent}
@@ -49,10 +51,7 @@ def _leaves(value: Value, sources, flow, taken) -> bool:
     """Whether `value` is read outside of its region."""
     if value in flow.exits:
         return True
-    return any(
-        reader in taken or not reader.outputs or sources.get(reader.outputs[0]) is not sources[value]
-        for reader in flow.consumers[value]
-    )
+    return any(r in taken or sources.get(r.outputs[0]) is not sources[value] for r in flow.consumers[value])
 
 
 def _members(value: Value, source: Value, sources, flow, facts) -> list[Equation]:
@@ -74,9 +73,6 @@ def _split(value: Value, sources, flow, facts):
     """The steps from the source of `value` to it, each with its output: activations, and scales between them."""
     source = sources[value]
     members = _members(value, source, sources, flow, facts)
-    if value not in flow.live:
-        yield Plain(tuple(members)), value
-        return
     for is_scale, equations in _runs(_blocks(members, source, flow), flow, facts):
         out = equations[-1].outputs[0]
         if is_scale:

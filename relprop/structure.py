@@ -84,12 +84,17 @@ Step = Layer | Plain | Call
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Section:
-    """A program with what was found in it. `free` equations depend on no explained input and are evaluated first."""
+    """A program with what was found in it.
+
+    `steps` are what relevance passes, in order; every other value is computed by its `producer` when it is asked for.
+    `effects` are equations that are run for what they do (prints, callbacks).
+    """
 
     program: Program
-    free: tuple[Equation, ...]
     steps: tuple[Step, ...]
     live: frozenset[Value]
+    producer: dict[Value, Equation]
+    effects: tuple[Equation, ...]
 
     def layers(self):
         """All layers, those of bodies included, in order of execution."""

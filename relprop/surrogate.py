@@ -74,21 +74,30 @@ def quotient(a: jax.Array, b: jax.Array, empty=0.0) -> jax.Array:
     return jnp.where(zero, jnp.asarray(empty, b.dtype), a / jnp.where(zero, jnp.ones_like(b), b))
 
 
+def reciprocal(denominator: jax.Array) -> jax.Array:
+    """`1 / denominator`, and 0 where it is 0: there is nothing to share among."""
+    return quotient(jnp.ones_like(denominator), denominator)
+
+
 def secant(f, x: jax.Array, y: jax.Array) -> jax.Array:
     """The slope `(f(x) - f(0)) / x` of an elementwise `f` with `y = f(x)`, in at least float32.
 
-    Where the quotient would cancel, that is at `|x| < sqrt(eps)` or where `f(x) - f(0)` is small beside `f(0)`, the
-    derivative halfway to 0 stands in for it: the two agree to second order. At exactly 0 it is the derivative from
-    the left, as `jax.nn` has it for relu. Where `f(0)` is not finite (log, 1/x) it counts as 0: the slope is then
-    `y / x`. A slope that is not finite counts as 0 where x is 0, for nothing is handed to an input of 0.
+    Close to 0 the quotient would cancel; the derivative halfway to 0, which agrees with it to second order, stands in
+    for it. At exactly 0 it is the derivative from the left, as `jax.nn` has it for relu. Where `f(0)` is not finite
+    (log, 1/x) it counts as 0: the slope is then `y / x`. Where x or y is infinite (a mask) it is the derivative, and a
+    derivative that is not finite counts as 0 there and at 0, where nothing is handed on anyway.
     """
     eps, tiny = float(jnp.finfo(x.dtype).eps), float(jnp.finfo(x.dtype).tiny)
     at_zero = f(jnp.zeros_like(x))
     at_zero = jnp.where(jnp.isfinite(at_zero), at_zero, jnp.zeros_like(at_zero))
     rise = y - at_zero
-    small = (jnp.abs(x) < eps**0.5) | (jnp.abs(rise) < eps ** (1 / 3) * jnp.abs(at_zero))
-    middle = jnp.where(x == 0, jnp.full_like(x, -tiny), x / 2)
-    _, derivative = jax.jvp(f, (middle,), (jnp.ones_like(x),))
-    derivative = jnp.where((x == 0) & ~jnp.isfinite(derivative), jnp.zeros_like(derivative), derivative)
-    x_safe = jnp.where(small, jnp.ones_like(x), x)
-    return jnp.where(small, widen(derivative), widen(rise) / x_safe.astype(wide_dtype(y)))
+    near, size = jnp.abs(x) < eps ** (1 / 3), jnp.abs(x)
+    outside = jnp.isinf(x) | jnp.isinf(y)
+    derived = outside | (size < eps**0.5) | (near & (jnp.abs(rise) < eps ** (1 / 3) * jnp.abs(at_zero)))
+    point = jnp.where(outside, x, jnp.where(x == 0, jnp.full_like(x, -tiny), x / 2))
+    _, derivative = jax.jvp(f, (point,), (jnp.ones_like(x),))
+    void = ((x == 0) | outside) & ~jnp.isfinite(derivative)
+    derivative = jnp.where(void, jnp.zeros_like(derivative), derivative)
+    x_safe = jnp.where(derived, jnp.ones_like(x), x).astype(wide_dtype(y))
+    rise = jnp.where(derived, jnp.zeros_like(rise), rise)
+    return jnp.where(derived, widen(derivative), widen(rise) / x_safe)

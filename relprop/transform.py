@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .arguments import Leaves, flatten, seeds
+from .arguments import Leaves, flatten, is_array, seeds
 from .composite import as_composite
 from .errors import ArgumentError, NonFiniteRelevanceWarning, TargetError
 from .interpreter import Interpreter
@@ -31,6 +31,7 @@ class _Planned:
     plan: Plan
     explained: int
     shapes: Any
+    static_aux: list[Any]
 
     @property
     def relative_inputs(self) -> list[bool]:
@@ -70,6 +71,8 @@ def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=
     composite = as_composite(rules)
     leaves = flatten(fn, args, kwargs, argnums, parameters)
 
+    static_aux: list[Any] = []
+
     def flat(*arrays):
         positional, named = leaves.rebuild(arrays)
         out = fn(*positional, **named)
@@ -77,8 +80,11 @@ def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=
             if not isinstance(out, tuple) or len(out) != 2:
                 raise ArgumentError(f"With has_aux=True the function must return a pair (output, aux), got {type(out).__name__}.")
             out, aux = out
+            leaves_of_aux, form = jax.tree_util.tree_flatten(aux)
+            static_aux[:] = [form, [None if is_array(leaf) else leaf for leaf in leaves_of_aux]]
+            aux = [leaf for leaf in leaves_of_aux if is_array(leaf)]
         else:
-            aux = None
+            aux = []
         return (target(out) if callable(target) else out), out, aux
 
     program, shapes = trace(flat, *leaves.arrays)
@@ -90,8 +96,9 @@ def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=
     live = [i in leaves.data for i in range(len(leaves.arrays))]
     origins = {v: name for v, name in zip(program.inputs, leaves.names, strict=True) if name is not None}
     origins = {v: name for i, (v, name) in enumerate(origins.items()) if not live[i]}
-    section, _ = number(recognise(program, live, origins, options))
-    return _Planned(leaves, Plan(section, composite), explained, shapes)
+    targets = program.outputs[:explained]
+    section, _ = number(recognise(program, live, origins, options, targets=targets))
+    return _Planned(leaves, Plan(section, composite), explained, shapes, static_aux)
 
 
 def explain(
@@ -190,6 +197,10 @@ def value_and_explain(
         relevances = pullback(seeds(explained_outputs, target), multiply=not coefficients)
         _report_non_finite(relevances, explained_outputs)
         value, aux = jax.tree_util.tree_structure(planned.shapes[1:]).unflatten(rest)
+        if has_aux:
+            form, parts = planned.static_aux
+            arrays = iter(aux)
+            aux = form.unflatten([next(arrays) if part is None else part for part in parts])
         return ((value, aux) if has_aux else value), planned.leaves.restore(relevances)
 
     return explained

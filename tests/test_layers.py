@@ -140,12 +140,49 @@ def test_pre_activation_residual_blocks():
     assert x.shape == IMAGE.shape
 
 
-def test_a_norm_that_is_read_twice_stays_a_layer_of_its_own():
+def test_a_norm_that_is_read_twice_belongs_to_every_layer_that_reads_it():
     def fn(x):
         h = batch_norm(x)
         return h @ W + jax.nn.relu(h) @ W
 
     assert [kind for kind, _ in layers(fn, VECTORS)] == ["scale", "dense", "activation", "dense", "add"]
+
+    def shared(x):
+        h = batch_norm(x)
+        return h @ W + h @ (2.0 * W)
+
+    def twice(x):
+        return batch_norm(x) @ W + batch_norm(x) @ (2.0 * W)
+
+    assert [kind for kind, _ in layers(shared, VECTORS)] == ["dense", "dense", "add"]
+    for rule in AFFINE_RULES:
+        assert_same(shared, twice, VECTORS, rule)
+
+
+def test_dead_code_auxiliary_outputs_prints_and_masks_change_no_layer():
+    def fn(x, read=lambda h, y: y):
+        h = x @ W + row(B, x)
+        return read(h, jax.nn.relu(h * 2.0 * row(B, h) + row(B, h)) @ W.T)
+
+    def with_callback(h, y):
+        jax.debug.callback(lambda v: None, h)
+        return y
+
+    def with_dead_code(h, y):
+        jnp.linalg.cholesky(h.T @ h)
+        return y
+
+    def with_mask(h, y):
+        return y * (h.sum(-1, keepdims=True) > -1e9).astype(y.dtype)
+
+    expected = rp.explain(fn, rp.ZPlus())(VECTORS)
+    for read in (with_callback, with_dead_code, with_mask):
+        np.testing.assert_allclose(rp.explain(lambda x, r=read: fn(x, r), rp.ZPlus())(VECTORS), expected, rtol=1e-9)
+    with_aux = rp.explain(lambda x: fn(x, lambda h, y: (y, {"h": h, "name": "aux"})), rp.ZPlus(), has_aux=True)
+    relevance, aux = with_aux(VECTORS)
+    np.testing.assert_allclose(relevance, expected, rtol=1e-9)
+    np.testing.assert_allclose(aux["h"], VECTORS @ W + row(B, VECTORS))
+    assert aux["name"] == "aux"
 
 
 def test_numbers_in_the_code_belong_to_the_activation_and_parameters_to_the_layer():

@@ -151,4 +151,14 @@ def test_stop_gradient_and_discrete_values_carry_no_relevance():
         mask = (x > 2.0).astype(x.dtype)
         return x * mask + lax.stop_gradient(100.0 * x) + jnp.floor(x) + jnp.argmax(x).astype(x.dtype)
 
-    np.testing.assert_allclose(rp.explain(fn, None)(X), X * (X > 2.0).astype(X.dtype), rtol=1e-9)
+    expected = X * (X > 2.0).astype(X.dtype) + jnp.floor(X)  # a step function has a secant, if no derivative
+    np.testing.assert_allclose(rp.explain(fn, None)(X), expected, rtol=1e-9)
+
+
+def test_masks_of_minus_infinity_hand_on_nothing_and_break_nothing():
+    mask = jnp.array([[True, False], [True, True]])
+    finite, infinite = (lambda x, v=v: jax.nn.softmax(jnp.where(mask, x, v)) @ V[:2] for v in (-1e30, -jnp.inf))
+    added = lambda x: jax.nn.softmax(x + jnp.where(mask, 0.0, -jnp.inf)) @ V[:2]  # noqa: E731
+    expected = rp.explain(finite, rp.Epsilon())(X)
+    for fn in (infinite, added):
+        np.testing.assert_allclose(rp.explain(fn, rp.Epsilon())(X), expected, rtol=1e-9, atol=1e-12)

@@ -66,6 +66,7 @@ class Gradient(Rule):
         "sum_pool",
         "add",
     )
+    selects: ClassVar[bool] = True
 
     def __call__(self, layer, x, z):
         if layer.kind != "activation":

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
-from ..surrogate import quotient, scale_tangent, stabilize, widen
+from ..surrogate import quotient, reciprocal, scale_tangent, stabilize, widen
 from .base import Rule, check_number
 
 Bias = Literal["absorb", "ignore", "distribute"]
@@ -60,14 +60,16 @@ class AffineRule(Rule):
     def relative(self, layer, x, z, r):
         # What is handed on in proportion to x: the tangent of the surrogate in the direction of x itself.
         _, kept = jax.jvp(lambda v: self(layer, v, layer(v)), (x,), (x,))
-        absorbed = 1 - quotient(kept, z)
         even = layer.with_weights(jnp.ones_like)
-        return (absorbed * quotient(even(r), even(jnp.ones_like(x)))).astype(z.dtype)
+        return scale_tangent(even(r), (1 - quotient(kept, z)) * reciprocal(even(jnp.ones_like(x))))
 
     def check(self, info) -> None:
         super().check(info)
-        if self.bias != "absorb" and info.kind == "scale":
-            raise RuleError(f"{self} at the scale layer {info.address}: only bias='absorb' has a meaning there.")
+        if self.bias != "absorb" and "affine" not in info.kinds:
+            raise RuleError(
+                f"{self} was selected for the {info.kind} layer {info.address} at {info.where}: only bias='absorb' has a "
+                "meaning at layers other than affine ones (dense, conv)."
+            )
 
 
 def positive(v: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
-from ..layers import LayerView
 
 
 class Rule:
@@ -39,6 +38,8 @@ class Rule:
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("affine", "scale")
+    selects: ClassVar[bool] = False
+    """Whether the rule hands all relevance of a max pooling to the selected inputs."""
 
     def __call__(self, layer, x, z) -> jax.Array | None:
         return None
@@ -132,5 +133,3 @@ def check_number(rule: Any, name: str, lowest: float = 0.0) -> None:
     if isinstance(value, int | float) and not value >= lowest:
         raise RuleError(f"{type(rule).__name__} needs {name} >= {lowest}, got {name}={value}.")
 
-
-__all__ = ["LayerView", "RelevanceRule", "Rule", "as_rule", "check_number", "with_backward"]

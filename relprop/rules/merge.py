@@ -89,7 +89,7 @@ class ProportionalPool(Rule):
         else:
             total = lax.reduce_window(
                 x,
-                jnp.zeros((), x.dtype),
+                x.dtype.type(0),  # not a tracer, or JAX would not see that this is a sum
                 lax.add,
                 params["window_dimensions"],
                 params["window_strides"],

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
-from ..surrogate import quotient, stabilize, widen
+from ..surrogate import reciprocal, scale_tangent, stabilize, widen
 from .affine import AffineRule, negative, positive
-from .base import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Flat(RelativeRule):
 
     def relative(self, layer, x, z, r):
         even = layer.with_weights(jnp.ones_like)
-        return quotient(even(r), even(jnp.ones_like(x))).astype(z.dtype)
+        return scale_tangent(even(r), reciprocal(even(jnp.ones_like(x))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ class WSquare(RelativeRule):
         squared = layer.with_weights(jnp.square)
         scale = layer.input_scale
         factor = jnp.ones_like(x) if scale is None else jnp.square(scale)
-        return quotient(squared(factor * r), stabilize(widen(squared(factor)), self.epsilon)).astype(z.dtype)
+        return scale_tangent(squared(factor * r), reciprocal(stabilize(widen(squared(factor)), self.epsilon)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,5 @@ class ZBox(RelativeRule):
         def box(factor):
             return layer.linear(x * factor) - plus(low * factor) - minus(high * factor)
 
-        return quotient(box(r), stabilize(widen(box(jnp.ones_like(x))), self.epsilon)).astype(z.dtype)
+        return scale_tangent(box(r), reciprocal(stabilize(widen(box(jnp.ones_like(x))), self.epsilon)))
 
-
-__all__ = ["Flat", "RelativeRule", "Rule", "WSquare", "ZBox"]
