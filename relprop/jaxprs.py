@@ -31,8 +31,11 @@ _OPENED = {
     "composite": "jaxpr",
 }
 REMAT = frozenset({"remat2", "remat", "checkpoint"})
-_LIBRARIES = tuple(
-    os.sep + name + os.sep for name in ("jax", "jaxlib", "flax", "equinox", "haiku", "relprop", "penzai")
+# Frames in these folders are not the user's own.
+_LIBRARIES = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(jax.__file__)) + os.sep,
+    *(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("flax", "equinox", "haiku", "penzai")),
 )
 
 
@@ -181,9 +184,7 @@ def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> lis
 
 
 def _is_library(filename: str) -> bool:
-    return any(part in filename for part in _LIBRARIES if part != os.sep + "relprop" + os.sep) or (
-        os.sep + "relprop" + os.sep + "relprop" + os.sep in filename
-    )
+    return any(folder in filename for folder in _LIBRARIES)
 
 
 def source_line(source) -> str:
