@@ -70,9 +70,7 @@ def squeezenet(params, x):
         for name in stage:
             fire = params[name]
             x = jax.nn.relu(conv(fire["squeeze1x1"], x))
-            x = jnp.concatenate(
-                [jax.nn.relu(conv(fire["expand1x1"], x)), jax.nn.relu(conv(fire["expand3x3"], x))], axis=-1
-            )
+            x = jnp.concatenate([jax.nn.relu(conv(fire["expand1x1"], x)), jax.nn.relu(conv(fire["expand3x3"], x))], axis=-1)
     # A padding of 1 around a 1x1 convolution: the border holds the bias alone, and counts in the mean.
     x = jax.nn.relu(conv(params["conv10"], x, padding=[(1, 1), (1, 1)]))
     return jnp.mean(x, axis=(1, 2))

@@ -41,9 +41,7 @@ MODELS = {
     "mobilenet_v2": Model(
         models.mobilenet_v2, models.preprocess_mobilenet, models.load_mobilenet_v2, 224, "imagenet_labels.txt"
     ),
-    "squeezenet": Model(
-        models.squeezenet, models.preprocess_squeezenet, models.load_squeezenet, 227, "synset_words.txt"
-    ),
+    "squeezenet": Model(models.squeezenet, models.preprocess_squeezenet, models.load_squeezenet, 227, "synset_words.txt"),
 }
 
 # The explained input is the raw pixel, so that the box of the first layer's rule is 0 to 255.

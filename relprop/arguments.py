@@ -38,7 +38,7 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, kinds) or hasattr(leaf, "__jax_array__")
 
 
-def _as_array(leaf: Any) -> jax.Array:
+def _as_array(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
 
 
@@ -49,7 +49,9 @@ def normalise_argnums(argnums: int | Sequence[int], count: int, name: str = "arg
     for number in given:
         number = operator.index(number)
         if not -count <= number < count:
-            raise ArgumentError(f"{name}={argnums} is out of range: the function was called with {count} positional arguments.")
+            raise ArgumentError(
+                f"{name}={argnums} is out of range: the function was called with {count} positional arguments."
+            )
         found.append(number % count)
     if len(set(found)) != len(found):
         raise ArgumentError(f"{name}={argnums} names an argument twice.")
@@ -95,8 +97,8 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
             names.append(path_name(path))
         else:
             slots.append(("static", leaf))
-    _, structure = jax.tree_util.tree_flatten((args, kwargs))
-    trees = [jax.tree_util.tree_structure(args[n]) for n in numbers]
+    structure: Any = jax.tree_util.tree_structure((args, kwargs))
+    trees: list[Any] = [jax.tree_util.tree_structure(args[n]) for n in numbers]
 
     def rebuild(values):
         return structure.unflatten([values[item] if sort == "array" else item for sort, item in slots])
@@ -141,7 +143,11 @@ def _no_relevance(label: str, given: str) -> str:
 
 def _argument_names(fn: Callable, count: int) -> list[str]:
     try:
-        names = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names = [
+            p.name
+            for p in inspect.signature(fn).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
     except (TypeError, ValueError):
         names = []
     return (names + [f"arg{i}" for i in range(len(names), count)])[:count]
@@ -158,7 +164,9 @@ def seeds(outputs: list[jax.Array], target: Any) -> list[Any]:
         )
     (y,) = outputs
     if y.ndim == 0:
-        raise TargetError(f"target={target!r} picks a class along the last axis, but the output is a scalar. Use target=None.")
+        raise TargetError(
+            f"target={target!r} picks a class along the last axis, but the output is a scalar. Use target=None."
+        )
     classes = y.shape[-1]
     if isinstance(target, str):
         if target != "top":

@@ -20,7 +20,7 @@ def affine_layer(core: Equation, flow, facts, taken) -> Layer | None:
     weight = next(v for v in core.inputs if v is not operand)
     pre = _chain_before(operand, flow, facts, taken)
     post = _chain_after(core, flow, facts, taken)
-    source = _live_input(pre[0], flow) if pre else operand
+    source = flow.live_operands(pre[0])[0] if pre else operand
     output = (post[-1] if post else core).outputs[0]
     kind = prims.MIXING[core.name]
     path = facts.origin(weight)
@@ -111,6 +111,7 @@ def parametric(eqn: Equation, flow, facts) -> bool:
 
 
 def follows_nonlinearity(value: Value, flow, facts) -> bool:
+    """Whether `value` comes straight out of something elementwise and nonlinear: an activation."""
     eqn = facts.producer.get(value)
     return eqn is not None and eqn.name in prims.ELEMENTWISE and not is_linear_here(eqn, flow)
 
@@ -130,9 +131,7 @@ def _chain_before(value: Value, flow, facts, taken) -> list[Equation]:
         chain.insert(0, eqn)
         value = source
     after_activation = follows_nonlinearity(value, flow, facts)
-    while chain and (
-        chain[0].name in prims.PURE_RESHAPE or (after_activation and not parametric(chain[0], flow, facts))
-    ):
+    while chain and (chain[0].name in prims.PURE_RESHAPE or (after_activation and not parametric(chain[0], flow, facts))):
         chain.pop(0)
     return chain
 
@@ -144,9 +143,7 @@ def _chain_after(core: Equation, flow, facts, taken) -> list[Equation]:
         chain.append(eqn)
         value = eqn.outputs[0]
     before_activation = eqn is not None and eqn.name in prims.ELEMENTWISE and not is_linear_here(eqn, flow)
-    while chain and (
-        chain[-1].name in prims.PURE_RESHAPE or (before_activation and not parametric(chain[-1], flow, facts))
-    ):
+    while chain and (chain[-1].name in prims.PURE_RESHAPE or (before_activation and not parametric(chain[-1], flow, facts))):
         chain.pop()
     return chain
 
@@ -195,8 +192,7 @@ def weight_dims(core: Equation, weight: Value) -> tuple[frozenset[int], list[tup
     if core.name == "dot_general":
         contract, batch = core.params["dimension_numbers"]
         free = [
-            [d for d in range(v.ndim) if d not in contract[i] and d not in batch[i]]
-            for i, v in enumerate(core.inputs[:2])
+            [d for d in range(v.ndim) if d not in contract[i] and d not in batch[i]] for i, v in enumerate(core.inputs[:2])
         ]
         first_free = len(batch[0]) + (len(free[0]) if position == 1 else 0)
         pairs = [(out, d) for out, d in enumerate(batch[position])]

@@ -75,10 +75,9 @@ def as_composite(rules: Any) -> Composite:
 
 def short(rule: Rule) -> str:
     """A rule with the hyper-parameters that differ from their defaults."""
-    if not dataclasses.is_dataclass(rule):
-        return repr(rule)
+    fields: Any = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
     shown = []
-    for field in dataclasses.fields(rule):
+    for field in fields:
         value = getattr(rule, field.name)
         plain = isinstance(value, bool | int | float | str)
         if not (plain and value == field.default):

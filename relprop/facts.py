@@ -23,7 +23,7 @@ class Facts:
         """The path of the parameter that `value` derives from, the first one where there are several."""
         if value not in self._origins:
             eqn = self.producer.get(value)
-            found = (self.origin(v) for v in eqn.inputs) if eqn is not None else ()
+            found = [self.origin(v) for v in eqn.inputs] if eqn is not None else []
             self._origins[value] = next((name for name in found if name is not None), None)
         return self._origins[value]
 
@@ -33,8 +33,8 @@ class Facts:
             return value.literal
         if value not in self._literal:
             eqn = self.producer.get(value)
-            known = eqn is not None and eqn.name in prims.ELEMENTWISE | prims.PURE_RESHAPE | prims.SUM_POOL
-            self._literal[value] = known and all(self.is_literal(v) for v in eqn.inputs)
+            numeric = prims.ELEMENTWISE | prims.PURE_RESHAPE | prims.SUM_POOL
+            self._literal[value] = eqn is not None and eqn.name in numeric and all(self.is_literal(v) for v in eqn.inputs)
         return self._literal[value]
 
     def varying(self, value: Value) -> frozenset[int]:
@@ -136,7 +136,8 @@ def _through_reshape(source, target, dims) -> frozenset[int]:
     found: set[int] = set()
     i = j = 0
     while i < len(source) or j < len(target):
-        block_i, block_j = [], []
+        block_i: list[int] = []
+        block_j: list[int] = []
         size_i = size_j = 1
         while True:
             if size_i <= size_j and i < len(source) and (size_i < size_j or not block_i):

@@ -66,25 +66,18 @@ class Interpreter:
         tap_in, tap_out = self.taps.get(layer.index, (None, None))
         if tap_in is not None:
             inputs = tap_in(inputs)
-        affine = layer.kind in AFFINE_KINDS
-        view = (AffineView if affine else LayerView)(layer, env)
+        view = (AffineView if layer.kind in AFFINE_KINDS else LayerView)(layer, env)
         value = view.evaluate(*inputs)
 
-        def surrogate(*xs):
-            z = view.evaluate(*xs)
-            x = view.input(xs[0]) if affine else xs[0] if len(xs) == 1 else xs
-            return self._checked(rule(view, x, z), layer, z)
+        def surrogate(z, *xs):
+            return self._checked(rule(view, view.input(xs[0]) if len(xs) == 1 else xs, z), layer, z)
 
-        tangent = surrogate(*inputs)
+        tangent = surrogate(value, *inputs)
         out = value if tangent is None else with_tangent(value, tangent)
         part = None
         if rule.is_relative:
-            r = self._relative(rel, env, layer.live[0])
-            if affine:
-                x, r = view.input(inputs[0]), view.input(r, keep=prims.PURE_RESHAPE)
-            else:
-                x = inputs[0]
-            part = rule.relative(view, x, value, r)
+            r = view.input(self._relative(rel, env, layer.live[0]), keep=prims.PURE_RESHAPE)
+            part = rule.relative(view, view.input(inputs[0]), value, r)
             from_r = from_relative(value, part)
             # Both parts count: the tangent of a sum whose value is that of the layer.
             out = from_r if tangent is None else with_tangent(value, tangent + from_r)
@@ -96,7 +89,7 @@ class Interpreter:
             if tangent is None:
                 rel[layer.output] = part
                 return
-            passed = self._passed(layer, rule, surrogate, inputs, handed, value)
+            passed = self._passed(layer, rule, lambda *xs: surrogate(view.evaluate(*xs), *xs), inputs, handed, value)
             rel[layer.output] = passed if part is None else passed + part
 
     @staticmethod
@@ -222,5 +215,3 @@ class Interpreter:
             unroll=params["unroll"],
         )
         return [*carried, *stacked]
-
-

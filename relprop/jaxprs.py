@@ -160,7 +160,9 @@ def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> lis
         env[var] = Constant(var.aval, const)
 
     def lookup(atom) -> Value:
-        return Constant(atom.aval, atom.val, literal=not atom.aval.shape) if isinstance(atom, jex_core.Literal) else env[atom]
+        if isinstance(atom, jex_core.Literal):
+            return Constant(atom.aval, atom.val, literal=np.ndim(atom.val) == 0)
+        return env[atom]
 
     for eqn in jaxpr.eqns:
         inputs = [lookup(atom) for atom in eqn.invars]
@@ -174,12 +176,14 @@ def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> lis
             from_library = eqn.primitive.name.startswith("custom_") or _is_library(filename)
             inner_env = dict(zip(callee_jaxpr.invars, inputs, strict=True))
             label = eqn.params.get("name") or function
-            outputs = _open(callee, inner_env, equations, here, source if from_library else call_source, label)
-            env.update(zip(eqn.outvars, outputs, strict=True))
+            inner = _open(callee, inner_env, equations, here, source if from_library else call_source, label)
+            env.update(zip(eqn.outvars, inner, strict=True))
         else:
             outputs = tuple(Value(v.aval) for v in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
-            equations.append(Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here, function, bool(eqn.effects)))
+            equations.append(
+                Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here, function, bool(eqn.effects))
+            )
     return [lookup(atom) for atom in jaxpr.outvars]
 
 
@@ -213,5 +217,7 @@ def scan_groups(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A pytree path as `params/Conv_0/kernel`."""
+    """A pytree path as `params/Conv_0/kernel`; the `.value` of an nnx variable is left out."""
+    if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

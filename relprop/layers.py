@@ -5,7 +5,6 @@ scales and reshapes before the primitive have been applied, so that `x[i] * w[i,
 whatever chain the layer is made of. Scales after the primitive are folded into the weight.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -17,7 +16,6 @@ from . import primitives as prims
 from .chains import weight_dims
 from .jaxprs import Constant, Equation, Value, read
 from .structure import Layer
-
 
 _LINEAR_LINKS = prims.PURE_RESHAPE | prims.SCALES
 
@@ -65,6 +63,10 @@ class LayerView:
     @property
     def kind(self) -> str:
         return self.info.kind
+
+    def input(self, x: jax.Array, keep: frozenset[str] = _LINEAR_LINKS) -> jax.Array:
+        """What a rule receives as `x` for a layer input `x`."""
+        return x
 
     def frozen(self, index: int = 0) -> jax.Array:
         """An operand that the layer holds constant: the statistic of a norm."""
@@ -156,7 +158,7 @@ class AffineView(LayerView):
     def has_bias(self) -> bool:
         return any(e.name in ("add", "sub", "add_any") for e in self.info.pre + self.info.post)
 
-    def input(self, x: jax.Array, keep=_LINEAR_LINKS) -> jax.Array:
+    def input(self, x: jax.Array, keep: frozenset[str] = _LINEAR_LINKS) -> jax.Array:
         """The mixing primitive's operand for a layer input `x`, without shifts (or only reshaped)."""
         return self._before(x, keep)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from .composite import Composite, short
 from .errors import NotDifferentiableError

@@ -162,9 +162,7 @@ def _checked_layout(layout: str | None, shape: tuple[int, ...]) -> str:
                 'channels? Say layout="HWC" or layout="NHW".'
             )
         if rank not in DEFAULT_LAYOUT:
-            raise ValueError(
-                f"relevance has shape {shape}, but a heatmap needs rank 2 (HW), 3 (HWC or NHW) or 4 (NHWC)."
-            )
+            raise ValueError(f"relevance has shape {shape}, but a heatmap needs rank 2 (HW), 3 (HWC or NHW) or 4 (NHWC).")
         return DEFAULT_LAYOUT[rank]
     if "".join(sorted(layout)) not in ("HW", "CHW", "HNW", "CHNW"):
         raise ValueError(
@@ -220,9 +218,7 @@ def _labels(titles: str | Sequence[str] | None, count: int, batched: bool) -> li
         return None
     if batched:
         if isinstance(titles, str) or len(titles) != count:
-            raise ValueError(
-                f"titles has to be {count} strings, one per heatmap of the batch, not {titles!r}."
-            )
+            raise ValueError(f"titles has to be {count} strings, one per heatmap of the batch, not {titles!r}.")
         return list(titles)
     if not isinstance(titles, str):
         raise ValueError(f"titles has to be a string for one heatmap, not {titles!r}.")
@@ -235,9 +231,7 @@ def _panels(
     """What `heatmap` returns, and the axes in it in drawing order."""
     count, height, width = shape
     if columns is not None and (ax is not None or not batched or columns < 1):
-        raise ValueError(
-            f"columns={columns} shapes a new grid: it needs a batch (N in the layout), no ax, and at least 1."
-        )
+        raise ValueError(f"columns={columns} shapes a new grid: it needs a batch (N in the layout), no ax, and at least 1.")
     if ax is None:
         columns = 1 if not batched else (columns or int(np.ceil(np.sqrt(count))))
         rows = -(-count // columns)

@@ -251,15 +251,14 @@ def _product(eqn: Equation, flow: Flow, facts: Facts, inside) -> Layer:
     while pending:
         value = pending.pop(0)
         inner = facts.producer.get(value)
-        flat = (
+        if (
             inner is not None
             and inner.name == "mul"
             and value not in inside
             and len(flow.live_operands(inner)) == 2
             and flow.sole_consumer(value) is not None
             and not any(_is_statistic(v, flow, facts) for v in inner.inputs)
-        )
-        if flat:
+        ):
             equations.insert(0, inner)
             pending = list(inner.inputs) + pending
         else:

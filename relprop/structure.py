@@ -12,9 +12,11 @@ AFFINE_KINDS = ("dense", "conv", "affine")
 class Layer:
     """A place that takes a rule: a group of equations with live inputs and one output.
 
-    `kind` is one of dense, conv, affine, scale, activation, product, norm, softmax, max_pool, sum_pool, add. `core` is
-    the equation that names it; an affine layer also has the equations of its chain before (`pre`) and after (`post`)
-    the core; `foldable` says whether the factor after the core can be folded into the weight. `live` are the inputs that carry relevance, in the order in which a rule receives them.
+    `kind` is one of dense, conv, affine, scale, activation, product, norm, softmax, max_pool, sum_pool, add. `core` is the
+    equation that names it; an affine layer also has the equations of its chain before (`pre`) and after (`post`) the core.
+    `foldable` says whether the factor after the core can be folded into the weight, `shift_dims` along which dimensions of
+    the core's operand the shift before it varies. `live` are the inputs that carry relevance, in the order in which a rule
+    receives them; `frozen` are operands that stay constant: the weight of an affine layer, the statistic of a norm.
     """
 
     kind: str

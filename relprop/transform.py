@@ -1,4 +1,4 @@
-"""The public transformations: `explain`, `value_and_explain`, `vjp`, `plan`. One pipeline: trace, plan, interpret, transpose."""
+"""The public transformations `explain`, `value_and_explain`, `vjp`, `plan`: trace, plan, interpret, transpose."""
 
 import dataclasses
 import warnings
@@ -78,7 +78,9 @@ def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=
         out = fn(*positional, **named)
         if has_aux:
             if not isinstance(out, tuple) or len(out) != 2:
-                raise ArgumentError(f"With has_aux=True the function must return a pair (output, aux), got {type(out).__name__}.")
+                raise ArgumentError(
+                    f"With has_aux=True the function must return a pair (output, aux), got {type(out).__name__}."
+                )
             out, aux = out
             leaves_of_aux, form = jax.tree_util.tree_flatten(aux)
             static_aux[:] = [form, [None if is_array(leaf) else leaf for leaf in leaves_of_aux]]
@@ -91,7 +93,9 @@ def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=
     explained = len(jax.tree_util.tree_leaves(shapes[0]))
     if not any(v.carries_relevance for v in program.outputs[:explained]):
         given = ", ".join(f"{v.dtype}{list(v.shape)}" for v in program.outputs[:explained]) or "nothing"
-        raise TargetError(f"The function returns {given}: there is no floating-point output whose relevance could be explained.")
+        raise TargetError(
+            f"The function returns {given}: there is no floating-point output whose relevance could be explained."
+        )
     options = Options(fallback, REGISTERED)
     live = [i in leaves.data for i in range(len(leaves.arrays))]
     origins = {v: name for v, name in zip(program.inputs, leaves.names, strict=True) if name is not None}
@@ -196,7 +200,8 @@ def value_and_explain(
             )
         relevances = pullback(seeds(explained_outputs, target), multiply=not coefficients)
         _report_non_finite(relevances, explained_outputs)
-        value, aux = jax.tree_util.tree_structure(planned.shapes[1:]).unflatten(rest)
+        structure: Any = jax.tree_util.tree_structure(planned.shapes[1:])
+        value, aux = structure.unflatten(rest)
         if has_aux:
             form, parts = planned.static_aux
             arrays = iter(aux)
@@ -227,16 +232,18 @@ def vjp(
     planned = _prepare(fn, rules, args, {}, argnums, parameters, None, False, fallback)
     outputs, transpose = planned.run()
     outputs = outputs[: planned.explained]
-    structure = jax.tree_util.tree_structure(planned.shapes[0])
+    structure: Any = jax.tree_util.tree_structure(planned.shapes[0])
 
     def pullback(relevance):
         given, form = jax.tree_util.tree_flatten(relevance)
         if form != structure:
             raise ArgumentError(f"The relevance of the output has the form {form}, but the output has the form {structure}.")
-        coefficients = []
+        coefficients: list[Any] = []
         for y, r in zip(outputs, given, strict=True):
             if jnp.shape(r) != y.shape:
-                raise ArgumentError(f"The relevance of the output has the shape {jnp.shape(r)}, but the output has {y.shape}.")
+                raise ArgumentError(
+                    f"The relevance of the output has the shape {jnp.shape(r)}, but the output has {y.shape}."
+                )
             if jnp.issubdtype(y.dtype, jnp.inexact):
                 coefficients.append(quotient(jnp.asarray(r, y.dtype), y).astype(y.dtype))
             else:

@@ -88,7 +88,7 @@ CASES = {
     ),
     "a rule's class": (lambda: rp.explain(dense, rp.Epsilon)(W, X), rp.RuleError, r"Did you mean `Epsilon\(\)`"),
     "a rule at the wrong kind": (
-        lambda: rp.explain(jnp.tanh, [("activation", rp.ZPlus())])(X),
+        lambda: rp.explain(lambda x: jnp.tanh(x), [("activation", rp.ZPlus())])(X),
         rp.RuleError,
         r"ZPlus.*is for layers of kind affine.*activation layer.*test_errors.py",
     ),

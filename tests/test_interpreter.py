@@ -135,7 +135,7 @@ def recurrent(params, inputs):
         state = jnp.tanh(state @ w + step @ u + b)
         return (state, count + 1), 2.0 * state
 
-    (state, count), outputs = lax.scan(body, (first, 0), steps)
+    (state, _count), outputs = lax.scan(body, (first, 0), steps)
     return state, outputs
 
 
@@ -177,7 +177,7 @@ def test_weights_stay_free_in_the_bodies_of_loops():
 def test_a_carry_becomes_live_by_a_fixpoint():
     def fn(x):  # b becomes live in the second step, c in the third
         def body(carry, _):
-            a, b, c = carry
+            a, b, _c = carry
             return (a, 2.0 * a, 3.0 * b), None
 
         return lax.scan(body, (x, jnp.ones(2), jnp.ones(2)), None, length=3)[0][2]

@@ -404,9 +404,7 @@ def test_batch_norm_may_be_folded(rules):
     rng = np.random.default_rng(4)
     params = {"kernel": rng.normal(size=(3, 3, 2, 4)), "bn": _norm_params(4), "head": rng.normal(size=(4, 3))}
     x = rng.uniform(-1, 1, size=(2, 5, 4, 2))
-    written_out, folded = (
-        rp.explain(f, rules)(params, x) for f in (batch_norm_written_out, batch_norm_folded)
-    )
+    written_out, folded = (rp.explain(f, rules)(params, x) for f in (batch_norm_written_out, batch_norm_folded))
     assert_close(written_out, folded)
 
 
@@ -447,8 +445,7 @@ def test_activation_may_be_written_out(name):
         return lambda params, x: activation(x @ params[0]) @ params[1]
 
     by_name, *by_hand = (
-        rp.explain(network(activation), rp.Epsilon(1e-3))(KERNELS[:2], VECTORS)
-        for activation in ACTIVATIONS[name]
+        rp.explain(network(activation), rp.Epsilon(1e-3))(KERNELS[:2], VECTORS) for activation in ACTIVATIONS[name]
     )
     for relevance in by_hand:
         assert_close(relevance, by_name)
@@ -477,15 +474,12 @@ def test_softmax_may_be_written_out(name):
         return network
 
     by_name, by_hand = (
-        rp.explain(attention(SOFTMAXES[which]), rp.Epsilon(1e-3))(KERNELS, VECTORS)
-        for which in ("jax.nn", name)
+        rp.explain(attention(SOFTMAXES[which]), rp.Epsilon(1e-3))(KERNELS, VECTORS) for which in ("jax.nn", name)
     )
     assert_close(by_hand, by_name)
 
 
-@pytest.mark.parametrize(
-    "product", [lambda a, b, c: (a * b) * c, lambda a, b, c: a * (b * c), lambda a, b, c: c * (b * a)]
-)
+@pytest.mark.parametrize("product", [lambda a, b, c: (a * b) * c, lambda a, b, c: a * (b * c), lambda a, b, c: c * (b * a)])
 def test_products_may_be_reordered(product):
     """Three factors receive a third each, whatever is multiplied first."""
 
@@ -518,9 +512,7 @@ def test_pullback_of_the_output_is_the_explanation(rules):
 
 
 @pytest.mark.parametrize("name", ["conv_1d", "dense_tanh"])
-@pytest.mark.parametrize(
-    "rules", [rp.Epsilon(1e-2), rp.ZPlus(), rp.Gamma(0.25)], ids=["epsilon", "zplus", "gamma"]
-)
+@pytest.mark.parametrize("rules", [rp.Epsilon(1e-2), rp.ZPlus(), rp.Gamma(0.25)], ids=["epsilon", "zplus", "gamma"])
 def test_single_precision(name, rules):
     explain = jax.jit(rp.explain(networks.NETWORKS[name], rules, target=0))
     double = networks.init(name), networks.sample(name)
@@ -561,9 +553,7 @@ def test_hyperparameters_may_be_swept_by_vmap(rule):
     values = jnp.array([0.1, 0.5, 2.0])
 
     def explain(value):
-        return rp.explain(chain, [(rp.first("dense"), rule(value)), ("dense", rp.Zero())])(
-            (KERNELS, BIASES), VECTORS
-        )
+        return rp.explain(chain, [(rp.first("dense"), rule(value)), ("dense", rp.Zero())])((KERNELS, BIASES), VECTORS)
 
     assert_close(jax.jit(jax.vmap(explain))(values), jnp.stack([explain(float(v)) for v in values]))
 
@@ -637,9 +627,7 @@ def test_gradient_by_a_hyperparameter(rule):
     def objective(value):
         return (weight * rp.explain(chain, rule(value))((KERNELS, BIASES), VECTORS)).sum()
 
-    np.testing.assert_allclose(
-        jax.grad(objective)(0.5), difference_quotient(objective, 0.5, 1.0, step=1e-4), rtol=1e-5
-    )
+    np.testing.assert_allclose(jax.grad(objective)(0.5), difference_quotient(objective, 0.5, 1.0, step=1e-4), rtol=1e-5)
 
 
 def test_gradient_of_the_explanation_of_a_convolutional_network():
@@ -684,9 +672,7 @@ FRAGILE = {
     "without biases": lambda params, x: chain((params[0], 0 * params[1]), x),
     "smooth": smooth_chain,
     # every difference is 0
-    "cancelling": lambda params, x: (
-        chain(params, (x @ params[0][0] - x @ params[0][0])) + x @ np.ones((6, 6))
-    ),
+    "cancelling": lambda params, x: chain(params, (x @ params[0][0] - x @ params[0][0])) + x @ np.ones((6, 6)),
     "residual": lambda params, x: (x - nn.relu(x @ params[0][0])) @ params[0][1],
     "softmax": lambda params, x: nn.softmax(x @ params[0][0]) @ params[0][1],
     "l2 norm": lambda params, x: (x / jnp.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)) @ params[0][0],
@@ -726,15 +712,11 @@ def drawn_networks(draw, biases=True):
     """A network of random depth, width and order of layers, its parameters and a batch of two inputs."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     widths = draw(st.lists(st.integers(1, 5), min_size=2, max_size=4))
-    steps = [
-        draw(st.sampled_from(["plain", "residual", "reshape", "double", "concatenate"])) for _ in widths[1:]
-    ]
+    steps = [draw(st.sampled_from(["plain", "residual", "reshape", "double", "concatenate"])) for _ in widths[1:]]
     params = []
     for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         inputs = inputs * (2 if i and steps[i - 1] == "concatenate" else 1)
-        params.append(
-            {"kernel": rng.normal(size=(inputs, outputs)), "bias": biases * rng.normal(size=(1, outputs))}
-        )
+        params.append({"kernel": rng.normal(size=(inputs, outputs)), "bias": biases * rng.normal(size=(1, outputs))})
 
     def network(params, x):
         for step, layer in zip(steps, params, strict=True):

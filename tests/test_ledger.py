@@ -15,7 +15,11 @@ COMPOSITES = {
     "gamma": rp.Gamma(),
     "alphabeta": rp.AlphaBeta(),
     "ignoring biases": rp.ZPlus(bias="ignore"),
-    "norm at adds": [("affine", rp.Gamma()), (rp.optional("add"), rp.Norm(0.1)), (rp.optional("sum_pool"), rp.Norm(0.1))],
+    "norm at adds": [
+        ("affine", rp.Gamma()),
+        (rp.optional("add"), rp.Norm(0.1)),
+        (rp.optional("sum_pool"), rp.Norm(0.1)),
+    ],
     "residual gamma": [("affine", rp.Epsilon()), (rp.optional("add"), rp.ResidualGamma())],
     "proportional pooling": [("affine", rp.ZPlus()), (rp.optional("max_pool"), rp.ProportionalPool())],
     "gradient": [(rp.where(lambda layer: True, "all"), rp.Gradient())],
@@ -73,9 +77,7 @@ def test_the_biases_of_resnet20_receive_what_is_missing():
     explain = jax.jit(rp.value_and_explain(networks.resnet20, rp.Zero(), argnums=(0, 1), target="top"))
     value, (for_params, for_x) = explain(params, x)
     shifts = [
-        leaf.sum()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(for_params)
-        if path[-1].key in ("bias", "mean")
+        leaf.sum() for path, leaf in jax.tree_util.tree_leaves_with_path(for_params) if path[-1].key in ("bias", "mean")
     ]
     assert len(shifts) >= 20
     np.testing.assert_allclose(for_x.sum() + sum(shifts), value.max(-1).sum(), rtol=1e-8)

@@ -138,6 +138,7 @@ def test_relative_tangents_go_through_structure_too():
     w = jnp.ones((4, 1))
     moves = {k: CONSERVING[k] for k in ("reshape, transpose", "gather", "sort", "pad", "tile, repeat", "min", "resize")}
     for name, move in moves.items():
+
         def fn(x, move=move):
             features = move(x).reshape(1, -1)
             return features @ jnp.resize(w, (features.shape[1], 1))

@@ -136,9 +136,7 @@ LAYERS = {
         Layer(conv_2d_channels_first, (2, 3, 4, 4), {"kernel": (4, 3, 3, 3), "bias": (1, 4, 1, 1)}),
         Layer(conv_3d, (1, 3, 4, 3, 2), {"kernel": (2, 3, 2, 2, 3), "bias": (1, 1, 1, 1, 3)}),
         Layer(conv_transposed, (2, 3, 3, 2), {"kernel": (3, 3, 2, 3), "bias": (1, 1, 1, 3)}),
-        Layer(
-            batch_norm_after, (2, 4, 3, 2), {"kernel": (3, 3, 2, 3), "bias": (1, 1, 1, 3), **_channels(4, 3)}
-        ),
+        Layer(batch_norm_after, (2, 4, 3, 2), {"kernel": (3, 3, 2, 3), "bias": (1, 1, 1, 3), **_channels(4, 3)}),
         Layer(batch_norm_before, (3, 5), {"kernel": (5, 4), "bias": (1, 4), **_channels(2, 5)}),
         Layer(batch_norm_before_padding, (2, 4, 3, 2), {"kernel": (3, 3, 2, 3), **_channels(4, 2)}),
         Layer(
@@ -175,12 +173,8 @@ def materialise(layer, params):
     ones = {k: np.full(v.shape, 0.0 if k in ("bias", "mean", "shift") else 1.0) for k, v in params.items()}
     apply = layer.apply
     if apply is subtracted:  # it has a shift that is no parameter
-        return reference.materialise(
-            functools.partial(apply, params), layer.shape, functools.partial(dense, ones)
-        )
-    return reference.materialise(
-        functools.partial(apply, params), layer.shape, functools.partial(apply, ones)
-    )
+        return reference.materialise(functools.partial(apply, params), layer.shape, functools.partial(dense, ones))
+    return reference.materialise(functools.partial(apply, params), layer.shape, functools.partial(apply, ones))
 
 
 # Rules: each with what the reference has to say.
@@ -216,9 +210,7 @@ def explain_by(rules, function, params, inputs):
 
     @jax.jit
     def explain(params, x):
-        return function(params, x), {
-            n: rp.explain(function, rule)(params, x) for n, (rule, _) in rules.items()
-        }
+        return function(params, x), {n: rp.explain(function, rule)(params, x) for n, (rule, _) in rules.items()}
 
     return [(name, x, *explain(params, x)) for name, x in inputs.items()]
 
@@ -274,9 +266,7 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
-@pytest.mark.parametrize(
-    "layer", ["dense", "conv_1d_strided_dilated", "batch_norm_before", "factor_per_position_before"]
-)
+@pytest.mark.parametrize("layer", ["dense", "conv_1d_strided_dilated", "batch_norm_before", "factor_per_position_before"])
 def test_known_signs_do_not_matter(layer, surroundings):
     layer = LAYERS[layer]
     params, inputs = draw(layer)

@@ -66,7 +66,7 @@ class _Mark(rp.Rule):
         (lambda layer: layer.output_shape[-1] == 3, [9]),
         (rp.where(lambda layer: layer.index > 6, "late"), [7, 8, 9]),
     ],
-    ids=str,
+    ids=lambda v: "predicate" if callable(v) and not isinstance(v, rp.selectors.Selector) else str(v),
 )
 def test_selectors(selector, indices):
     assert selected(selector) == indices

@@ -240,9 +240,7 @@ def test_grad_with_respect_to_parameters_and_hyper_parameters():
     np.testing.assert_allclose(
         (dw * jnp.sin(w)).sum(), central_difference(lambda w: score(w, gamma), w, jnp.sin(w), 1e-6), rtol=1e-5
     )
-    np.testing.assert_allclose(
-        dgamma, central_difference(lambda g: score(w, g), gamma, jnp.ones(()), 1e-5), rtol=1e-5
-    )
+    np.testing.assert_allclose(dgamma, central_difference(lambda g: score(w, g), gamma, jnp.ones(()), 1e-5), rtol=1e-5)
 
 
 def test_inside_and_outside_of_checkpoint():

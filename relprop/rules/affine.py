@@ -153,8 +153,8 @@ class AlphaBeta(AffineRule):
 
     def __post_init__(self):
         super().__post_init__()
-        known = all(isinstance(v, int | float) for v in (self.alpha, self.beta))
-        if known and abs(self.alpha - self.beta - 1) > 1e-6:
+        alpha, beta = self.alpha, self.beta
+        if isinstance(alpha, int | float) and isinstance(beta, int | float) and abs(alpha - beta - 1) > 1e-6:
             raise RuleError(f"AlphaBeta needs alpha - beta = 1, got alpha={self.alpha} and beta={self.beta}.")
 
     def terms(self, layer, x, z):

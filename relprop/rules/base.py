@@ -132,4 +132,3 @@ def check_number(rule: Any, name: str, lowest: float = 0.0) -> None:
     value = getattr(rule, name)
     if isinstance(value, int | float) and not value >= lowest:
         raise RuleError(f"{type(rule).__name__} needs {name} >= {lowest}, got {name}={value}.")
-

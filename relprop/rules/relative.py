@@ -113,4 +113,3 @@ class ZBox(RelativeRule):
             return layer.linear(x * factor) - plus(low * factor) - minus(high * factor)
 
         return scale_tangent(box(r), reciprocal(stabilize(widen(box(jnp.ones_like(x))), self.epsilon)))
-

@@ -33,8 +33,7 @@ except ImportError:
 BOX = (-2.0, 2.0)  # of the input
 GRADIENTS = ("guided_backprop", "deconvnet")  # zennit returns these without the factor of the input
 HEADER = (
-    "preset | ours s | / our gradient | flop | conv | dot | temp MB | "
-    "zennit s | / torch gradient | zennit / ours | diff"
+    "preset | ours s | / our gradient | flop | conv | dot | temp MB | zennit s | / torch gradient | zennit / ours | diff"
 )
 
 
@@ -216,9 +215,7 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the rows, with the seconds of every run")
     parser.add_argument("--short", action="store_true", help="an eighth of the channels, 32 x 32, one repeat")
     parser.add_argument("--no-zennit", action="store_true", help="leave torch alone, installed or not")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="processor time: on a busy machine, on one core"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="processor time: on a busy machine, on one core")
     options = parser.parse_args(argv)
     clock = time.process_time if options.cpu_time else time.perf_counter
     build, batch = models.NETWORKS[options.network]
