@@ -23,8 +23,8 @@ def register(primitive: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         ...     y = bind(x)  # relevance passes element by element
         ...     return rp.with_tangent(y, rp.scale_tangent(x, y / x))
         >>> from jax import lax
-        >>> rp.explain(lax.cumlogsumexp, rp.Zero())(jnp.array([1.0, 2.0])).round(3)
-        Array([1.   , 2.313], dtype=float32)
+        >>> rp.explain(lax.cumlogsumexp, None)(jnp.array([1.0, 2.0])).tolist()
+        [1.0, 2.313]
     """
     name = primitive if isinstance(primitive, str) else getattr(primitive, "name", None)
     if not isinstance(name, str):

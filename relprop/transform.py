@@ -185,7 +185,7 @@ def value_and_explain(
 
     Example:
         >>> import jax.numpy as jnp, relprop as rp
-        >>> rp.value_and_explain(lambda x: jnp.sum(x**2), rp.Zero())(jnp.array([1.0, 2.0]))
+        >>> rp.value_and_explain(lambda x: jnp.sum(x**2), None)(jnp.array([1.0, 2.0]))
         (Array(5., dtype=float32), Array([1., 4.], dtype=float32))
     """
 
@@ -225,7 +225,7 @@ def vjp(
 
     Example:
         >>> import jax.numpy as jnp, relprop as rp
-        >>> value, pullback = rp.vjp(lambda x: x * jnp.array([2.0, 3.0]), rp.Zero(), jnp.array([1.0, 1.0]))
+        >>> value, pullback = rp.vjp(lambda x: x * jnp.array([2.0, 3.0]), None, jnp.array([1.0, 1.0]))
         >>> pullback(jnp.array([1.0, 0.0]))
         Array([1., 0.], dtype=float32)
     """

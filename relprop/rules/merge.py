@@ -43,8 +43,9 @@ class ResidualGamma(Rule):
     Example:
         >>> import jax.numpy as jnp, relprop as rp
         >>> fn = lambda a, b: a + b
-        >>> rp.explain(fn, {"add": rp.ResidualGamma(1.0)}, argnums=(0, 1))(jnp.array(3.0), jnp.array(-1.0))
-        (Array(2.4, dtype=float32), Array(-0.4, dtype=float32))
+        >>> a, b = rp.explain(fn, {"add": rp.ResidualGamma(1.0)}, argnums=(0, 1))(3.0, -1.0)
+        >>> float(a), float(b)
+        (2.4, -0.4)
     """
 
     gamma: float | jax.Array = 1.0
@@ -71,8 +72,8 @@ class ProportionalPool(Rule):
 
     Example:
         >>> import jax.numpy as jnp, relprop as rp
-        >>> rp.explain(lambda x: x.max(), {"max_pool": rp.ProportionalPool()})(jnp.array([1.0, 3.0])).round(3)
-        Array([0.75, 2.25], dtype=float32)
+        >>> rp.explain(lambda x: x.max(), {"max_pool": rp.ProportionalPool()})(jnp.array([1.0, 3.0])).tolist()
+        [0.75, 2.25]
     """
 
     epsilon: float | jax.Array = 1e-6
