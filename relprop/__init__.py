@@ -17,7 +17,7 @@ from .registry import register
 from .rules.activation import Deconvnet, Gradient, GuidedBackprop, Identity, Pass
 from .rules.affine import AlphaBeta, Epsilon, Gamma, Zero, ZPlus
 from .rules.base import RelevanceRule, Rule
-from .rules.merge import Norm, ProportionalPool, ResidualGamma
+from .rules.merge import Frozen, Norm, ProportionalPool, ResidualGamma, Uniform
 from .rules.relative import Flat, WSquare, ZBox
 from .selectors import first, kind, last, optional, path, primitive, scope, where
 from .surrogate import scale_tangent, stabilize, with_tangent
@@ -31,6 +31,7 @@ __all__ = [
     "Deconvnet",
     "Epsilon",
     "Flat",
+    "Frozen",
     "Gamma",
     "Gradient",
     "GuidedBackprop",
@@ -47,6 +48,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "TargetError",
+    "Uniform",
     "UnknownPrimitiveError",
     "UnusedSelectorWarning",
     "WSquare",

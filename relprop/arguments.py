@@ -25,7 +25,7 @@ class Leaves:
     """
 
     arrays: list[jax.Array]
-    names: list[str | None]
+    names: list[str]
     explained: list[int]
     data: list[int]
     rebuild: Callable[[Sequence[Any]], tuple[tuple, dict]]
@@ -66,7 +66,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
     held = _parameters(numbers, parameters, args)
     prefixes = _argument_names(fn, len(args))
     arrays: list[Any] = []
-    names: list[str | None] = []
+    names: list[str] = []
     slots: list[tuple[str, Any]] = []
     explained: list[int] = []
     data: list[int] = []

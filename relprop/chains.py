@@ -48,12 +48,12 @@ def sum_pool_layer(core: Equation, flow, facts, taken) -> Layer | None:
         return None
     post, value = [], core.outputs[0]
     while (eqn := flow.sole_consumer(value)) is not None and eqn not in taken and is_chain_link(eqn, value, flow):
-        counts = _is_scale(eqn) and eqn.name != "neg" and not parametric(eqn, flow, facts)
+        counts = eqn.name in ("mul", "div") and not parametric(eqn, flow, facts)
         if not counts and eqn.name not in prims.PURE_RESHAPE:
             break
         post.append(eqn)
         value = eqn.outputs[0]
-    while post and not _is_scale(post[-1]):
+    while post and post[-1].name not in prims.SCALES:
         post.pop()
     output = (post[-1] if post else core).outputs[0]
     return Layer("sum_pool", (core, *post), tuple(live), output, core, post=tuple(post))
@@ -110,9 +110,8 @@ def parametric(eqn: Equation, flow, facts) -> bool:
     return any(v not in flow.dependent and not facts.is_literal(v) for v in eqn.inputs)
 
 
-def follows_nonlinearity(value: Value, flow, facts) -> bool:
-    """Whether `value` comes straight out of something elementwise and nonlinear: an activation."""
-    eqn = facts.producer.get(value)
+def _is_nonlinear(eqn: Equation | None, flow) -> bool:
+    """Whether there is an equation, and it is elementwise and not affine: a part of an activation."""
     return eqn is not None and eqn.name in prims.ELEMENTWISE and not is_linear_here(eqn, flow)
 
 
@@ -130,7 +129,7 @@ def _chain_before(value: Value, flow, facts, taken) -> list[Equation]:
             break
         chain.insert(0, eqn)
         value = source
-    after_activation = follows_nonlinearity(value, flow, facts)
+    after_activation = _is_nonlinear(facts.producer.get(value), flow)
     while chain and (chain[0].name in prims.PURE_RESHAPE or (after_activation and not parametric(chain[0], flow, facts))):
         chain.pop(0)
     return chain
@@ -142,14 +141,10 @@ def _chain_after(core: Equation, flow, facts, taken) -> list[Equation]:
     while (eqn := flow.sole_consumer(value)) is not None and eqn not in taken and is_chain_link(eqn, value, flow):
         chain.append(eqn)
         value = eqn.outputs[0]
-    before_activation = eqn is not None and eqn.name in prims.ELEMENTWISE and not is_linear_here(eqn, flow)
+    before_activation = _is_nonlinear(eqn, flow)
     while chain and (chain[-1].name in prims.PURE_RESHAPE or (before_activation and not parametric(chain[-1], flow, facts))):
         chain.pop()
     return chain
-
-
-def _is_scale(eqn: Equation) -> bool:
-    return eqn.name in prims.SCALES
 
 
 def _keeps_sign(link: Equation, flow, facts) -> bool:
@@ -166,8 +161,12 @@ def _shift_dims(pre, flow, facts) -> frozenset[int]:
         if eqn.name in prims.PURE_RESHAPE:
             dims = dims_forward(eqn, dims)
         else:
-            dims |= frozenset().union(*(facts.varying(v) for v in eqn.inputs if v not in flow.dependent))
+            dims |= _free_dims(eqn, flow, facts)
     return dims
+
+
+def _free_dims(eqn: Equation, flow, facts) -> frozenset[int]:
+    return frozenset().union(*(facts.varying(v) for v in eqn.inputs if v not in flow.dependent))
 
 
 def _live_input(eqn: Equation, flow) -> Value | None:
@@ -181,8 +180,8 @@ def _factor_dims(post, flow, facts) -> frozenset[int]:
     for eqn in reversed(post):
         if eqn.name in prims.PURE_RESHAPE:
             dims = dims_back(eqn, dims)
-        elif _is_scale(eqn):
-            dims |= frozenset().union(*(facts.varying(v) for v in eqn.inputs if v not in flow.dependent))
+        elif eqn.name in prims.SCALES:
+            dims |= _free_dims(eqn, flow, facts)
     return dims
 
 

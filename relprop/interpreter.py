@@ -14,10 +14,10 @@ from jax import lax
 
 from . import primitives as prims
 from .errors import RuleError
-from .jaxprs import REMAT, Environment, Equation, Value, read, scan_groups
+from .jaxprs import REMAT, Constant, Environment, Equation, Value, manual_axes, read, scan_groups
 from .layers import AffineView, LayerView
 from .structure import AFFINE_KINDS, Call, Layer, Plain, Section
-from .surrogate import from_relative, reciprocal, scale_tangent, with_tangent
+from .surrogate import from_relative, quotient, reciprocal, scale_tangent, with_tangent
 
 
 class Interpreter:
@@ -51,7 +51,7 @@ class Interpreter:
                 self._plain(step, env, rel)
         for eqn in section.effects:
             env.run(eqn)
-        outputs = [read(env, v) for v in program.outputs]
+        outputs = [jnp.asarray(read(env, v), v.dtype) if isinstance(v, Constant) else env[v] for v in program.outputs]
         return outputs, [rel.get(program.outputs[i], jnp.zeros_like(outputs[i])) for i in asked]
 
     def _relative(self, rel, env, value: Value):
@@ -95,8 +95,12 @@ class Interpreter:
     @staticmethod
     def _passed(layer: Layer, rule, surrogate, inputs, relatives, value):
         """What a rule of coefficients makes of relatives: `J(x r) / z`, and `r` itself where elements are kept apart."""
-        if layer.kind in ("activation", "norm", "scale"):
+        if layer.kind == "scale":
             return jnp.broadcast_to(relatives[0], value.shape).astype(value.dtype)
+        if layer.kind in ("activation", "norm"):  # a unit of 0 passes relevance on, too
+            _, tangent = jax.jvp(surrogate, tuple(inputs), tuple(inputs))
+            r = jnp.broadcast_to(relatives[0], value.shape).astype(value.dtype)
+            return scale_tangent(r, quotient(tangent, value, empty=1.0))
         selects = layer.kind == "max_pool" and rule.selects
         directions = relatives if selects else [x * r for x, r in zip(inputs, relatives, strict=True)]
         _, tangent = jax.jvp(surrogate, tuple(inputs), tuple(directions))
@@ -107,7 +111,7 @@ class Interpreter:
         if surrogate is None or (surrogate.shape == z.shape and surrogate.dtype == z.dtype):
             return surrogate
         raise RuleError(
-            f"The rule of the layer {layer.address} at {layer.where} returned a surrogate of {surrogate.dtype}"
+            f"The rule of the layer {layer.address} at {layer.source} returned a surrogate of {surrogate.dtype}"
             f"{list(surrogate.shape)}; it must have the dtype and shape of the layer's output, {z.dtype}{list(z.shape)}."
         )
 
@@ -169,10 +173,8 @@ class Interpreter:
             outputs, found = lax.switch(operands[0], branches, operands[1:], relatives[1:])
         elif eqn.name == "scan":
             outputs = self._scan(eqn, step.bodies[0], operands)
-        elif eqn.name == "shard_map":
-            outputs, found = self._shard_map(eqn, step.bodies[0], operands, relatives, asked)
         else:
-            outputs = eqn.evaluate(*operands)
+            outputs, found = self._shard_map(eqn, step.bodies[0], operands, relatives, asked)
         env.update(zip(eqn.outputs, outputs, strict=True))
         rel.update((eqn.outputs[i], r) for i, r in zip(asked, found, strict=True))
 
@@ -193,7 +195,7 @@ class Interpreter:
             mesh=params["mesh"],
             in_specs=(in_specs, [in_specs[i] for i in given]),
             out_specs=(out_specs, [out_specs[i] for i in asked]),
-            axis_names=frozenset(params["newly_manual_axes"]),
+            axis_names=manual_axes(params),
             check_vma=params["check_vma"],
         )(operands, [relatives[i] for i in given])
 

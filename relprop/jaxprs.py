@@ -216,6 +216,11 @@ def scan_groups(params: dict[str, Any]) -> tuple[int, int]:
     return consts, carry
 
 
+def manual_axes(params: dict[str, Any]) -> frozenset[str]:
+    """The mesh axes over which a `shard_map` maps."""
+    return frozenset(params.get("newly_manual_axes", params.get("manual_axes")))  # renamed after jax 0.10.0
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A pytree path as `params/Conv_0/kernel`; the `.value` of an nnx variable is left out."""
     if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":

@@ -56,11 +56,6 @@ class LayerView:
         return [self._env[v] for v in reads], rebuild
 
     @property
-    def nonnegative(self) -> bool:
-        """Whether the input is known to be >= 0, from the structure of the program alone."""
-        return self.info.nonnegative
-
-    @property
     def kind(self) -> str:
         return self.info.kind
 
@@ -105,6 +100,11 @@ class AffineView(LayerView):
         return lambda x: jnp.abs(factor) * jnp.where(factor < 0, mix(down, x), mix(up, x))
 
     @property
+    def nonnegative(self) -> bool:
+        """Whether the input is known to be >= 0, from the structure of the program alone."""
+        return self.info.nonnegative
+
+    @property
     def _weight(self) -> Value:
         return self.info.frozen[0]
 
@@ -146,7 +146,7 @@ class AffineView(LayerView):
     def bias(self) -> jax.Array:
         """What the layer gives for an input of 0, in the shape of its output."""
         core = self.info.core
-        if any(e.name in ("add", "sub", "add_any") for e in self.info.pre):
+        if any(e.name in prims.SHIFTS for e in self.info.pre):
             shift = self._before(self._fill(self.info.live[0], 0))
             value = run((core,), self._env, {self._operand: self._shrink(shift)})[core.outputs[0]]
             value = jnp.broadcast_to(value, core.outputs[0].shape)
@@ -156,17 +156,15 @@ class AffineView(LayerView):
 
     @property
     def has_bias(self) -> bool:
-        return any(e.name in ("add", "sub", "add_any") for e in self.info.pre + self.info.post)
+        return any(e.name in prims.SHIFTS for e in self.info.pre + self.info.post)
 
     def input(self, x: jax.Array, keep: frozenset[str] = _LINEAR_LINKS) -> jax.Array:
         """The mixing primitive's operand for a layer input `x`, without shifts (or only reshaped)."""
         return self._before(x, keep)
 
     @cached_property
-    def input_scale(self) -> jax.Array | None:
-        """The factor by which each input is scaled before it is mixed; None when there is none."""
-        if not _is_scaled(self.info.pre, self.info.live[0]):
-            return None
+    def input_scale(self) -> jax.Array:
+        """The factor by which each input is scaled before it is mixed, in the shape of `x`."""
         return self.input(self._fill(self.info.live[0], 1))
 
     def _fill(self, value: Value, number) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from .composite import Composite, short
-from .errors import NotDifferentiableError
+from .errors import NotDifferentiableError, RuleError
 from .jaxprs import Value
 from .rules.activation import Gradient, Identity
 from .rules.affine import Zero
@@ -63,15 +63,14 @@ class Plan:
 def _row(entry: Entry) -> tuple[str, ...]:
     layer = entry.layer
     shapes = ", ".join(str(list(s)) for s in layer.input_shapes)
-    file, _, rest = layer.where.rpartition("/")
     return (
         str(layer.index),
-        layer.path or "/".join(part for part in (layer.scope, layer.core.function) if part) or "-",
+        layer.address,
         layer.kind,
         layer.primitive,
         f"{shapes} -> {list(layer.output_shape)}",
         short(entry.rule),
-        rest or file,
+        layer.source.rpartition("/")[2],
     )
 
 
@@ -83,7 +82,13 @@ def mark_relatives(section: Section, rules: Mapping[int, Rule], outputs: list[bo
     found.update(v for v, on in zip(section.program.outputs, outputs, strict=True) if on and v in section.live)
     for step in reversed(section.steps):
         if isinstance(step, Layer):
-            if step.output in found or rules[step.index].is_relative:
+            rule = rules[step.index]
+            if step.output in found and not rule.linear:
+                raise RuleError(
+                    f"{rule} at the {step.kind} layer {step.address} at {step.source} modifies the gradient; it cannot "
+                    "stand below a rule that does not read the input (Flat, WSquare, ZBox, bias='distribute', a function)."
+                )
+            if step.output in found or rule.is_relative:
                 found.update(step.live)
         elif isinstance(step, Plain):
             for eqn in reversed(step.equations):
@@ -99,8 +104,8 @@ def _mark_call(step: Call, section: Section, rules: Mapping[int, Rule], found: s
     asked = [v in found for v in eqn.outputs]
     operands = eqn.inputs[1:] if eqn.name == "cond" else eqn.inputs
     for body in step.bodies:
-        inputs = mark_relatives(body, rules, asked if eqn.name != "while" else [False] * len(asked), found)
-        if eqn.name in ("scan", "while"):
+        inputs = mark_relatives(body, rules, asked, found)
+        if eqn.name == "scan":
             if any(inputs) or any(asked):
                 raise NotDifferentiableError(
                     f"A rule that does not read the input (Flat, WSquare, ZBox, bias='distribute', a relevance function) "

@@ -1,13 +1,17 @@
-"""Composites by name, for convolutional and dense networks. Names and contents are zennit's where zennit has them."""
+"""Composites by name, for convolutional and dense networks. Names and contents are zennit's where zennit has them.
+
+`epsilon` (default 1e-6) is in the units of each layer's output, `low` and `high` in those of the input.
+"""
 
 from typing import Any
 
 from .composite import Composite
+from .errors import RuleError
 from .rules.activation import Deconvnet, GuidedBackprop
 from .rules.affine import AlphaBeta, Epsilon, Gamma, ZPlus
 from .rules.merge import ProportionalPool
 from .rules.relative import Flat, WSquare, ZBox
-from .selectors import first, kind, optional
+from .selectors import first, optional
 
 
 def _composite(*pairs: tuple[Any, Any]) -> Composite:
@@ -50,6 +54,8 @@ def deep_taylor(low=None, high=None, epsilon=1e-6) -> Composite:
     ZBox for the first affine layer where the input lies in the box from `low` to `high` (pixels), WSquare without
     bounds (real-valued input); ZPlus above; max pooling in proportion. Made for relu networks without positive biases.
     """
+    if (low is None) != (high is None):
+        raise RuleError(f"deep_taylor takes both bounds of the input or none, got low={low} and high={high}.")
     start = WSquare() if low is None and high is None else ZBox(low, high, epsilon)
     return _composite((first("affine"), start), ("affine", ZPlus(epsilon)), ("max_pool", ProportionalPool(epsilon)))
 
@@ -64,7 +70,7 @@ def guided_backprop() -> Composite:
 
     Relevance is input times the guided gradient; `explain(..., coefficients=True)` returns the guided gradient itself.
     """
-    return _composite((kind("activation"), GuidedBackprop()))
+    return _composite(("activation", GuidedBackprop()))
 
 
 def deconvnet() -> Composite:
@@ -72,4 +78,4 @@ def deconvnet() -> Composite:
 
     Relevance is input times the deconvnet signal; `explain(..., coefficients=True)` returns the signal itself.
     """
-    return _composite((kind("activation"), Deconvnet()))
+    return _composite(("activation", Deconvnet()))

@@ -2,7 +2,7 @@
 
 The sets answer three questions. Is the primitive elementwise, so that it can be a part of an activation? Is it linear
 in its live operands, so that its plain VJP is LRP-0? Does it merely move or select elements, so that it can carry
-relative tangents as they are? A primitive that is in none of the sets is refused by the planner (`UNKNOWN`).
+relative tangents as they are? A primitive that is in none of the sets is refused by the planner (`UnknownPrimitiveError`).
 """
 
 # Elementwise, nonlinear (or linear in one operand only): parts of activations.
@@ -43,7 +43,7 @@ SUMMATION = frozenset(
 )
 STRUCTURAL = SELECTION | SUMMATION
 
-# Linear in the right-hand side alone, which is the last operand (or operands).
+# Linear in the right-hand side alone, which is the last operand.
 SOLVES = frozenset({"triangular_solve", "tridiagonal_solve"})
 
 MAX_POOL = frozenset({"reduce_window_max", "reduce_max"})
@@ -54,6 +54,7 @@ PURE_RESHAPE = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim convert_element_type rev copy copy_p".split()
 )
 SCALES = frozenset({"mul", "div", "neg"})
+SHIFTS = frozenset({"add", "sub", "add_any"})
 CALLS = frozenset({"scan", "while", "cond", "shard_map", "remat2", "remat", "checkpoint"})
 
 # Outputs without a tangent: whatever they depend on, no relevance flows through them.

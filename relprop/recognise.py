@@ -1,127 +1,16 @@
-"""Find the layers of a program by dataflow: liveness, affine chains, pools, softmax, merges, then elementwise regions."""
+"""Find the layers of a program by dataflow: affine chains, pools, softmax, elementwise regions, merges, calls."""
 
 import dataclasses
 from collections import defaultdict
 
 from . import primitives as prims
-from .chains import affine_layer, softmax_layer, sum_pool_layer
+from .chains import affine_layer, is_chain_link, parametric, softmax_layer, sum_pool_layer
 from .errors import NotDifferentiableError, UnknownPrimitiveError
 from .facts import Facts
-from .jaxprs import REMAT, Equation, Program, Value, open_program, scan_groups
+from .flow import Flow
+from .jaxprs import REMAT, Equation, Program, Value, scan_groups
 from .regions import find_regions
 from .structure import Call, Layer, Options, Plain, Section
-
-
-class Flow:
-    """How relevance can move through one program.
-
-    A value is *live* when it depends on an explained input and has a tangent, *dependent* when it depends on one at
-    all, and *free* otherwise. It *carries* relevance when it is live and a target can be reached from it through live
-    values. Only equations that carry relevance count as `consumers`: dead code, auxiliary outputs, masks and prints
-    may read a value without changing what the layers are.
-    """
-
-    def __init__(self, program: Program, live_inputs, dependent_inputs, targets=None):
-        self.program = program
-        self.live: set[Value] = {v for v, on in zip(program.inputs, live_inputs, strict=True) if on}
-        self.dependent: set[Value] = {v for v, on in zip(program.inputs, dependent_inputs, strict=True) if on}
-        self.dependent |= self.live
-        self.position: dict[Equation, int] = {}
-        for position, eqn in enumerate(program.equations):
-            self.position[eqn] = position
-            if not any(v in self.dependent for v in eqn.inputs):
-                continue
-            self.dependent.update(eqn.outputs)
-            self.live.update(v for v, on in zip(eqn.outputs, self._live_outputs(eqn), strict=True) if on)
-        self.exits = set(program.outputs if targets is None else targets) & self.live
-        self.carries: set[Value] = set(self.exits)
-        self.moving: list[Equation] = []
-        self.consumers: dict[Value, list[Equation]] = defaultdict(list)
-        for eqn in reversed(program.equations):
-            if any(v in self.carries for v in eqn.outputs):
-                self.moving.insert(0, eqn)
-                self.carries.update(v for v in eqn.inputs if v in self.live)
-                for v in dict.fromkeys(eqn.inputs):
-                    self.consumers[v].insert(0, eqn)
-
-    def _live_outputs(self, eqn: Equation) -> list[bool]:
-        live_in = [v in self.live for v in eqn.inputs]
-        if eqn.name in prims.CALLS:
-            return call_liveness(eqn, live_in, [v in self.dependent for v in eqn.inputs])[1]
-        on = any(live_in) and eqn.name not in prims.DISCRETE
-        return [on and v.carries_relevance for v in eqn.outputs]
-
-    def live_operands(self, eqn: Equation) -> list[Value]:
-        return [v for v in eqn.inputs if v in self.live]
-
-    def release(self, layer: Layer):
-        """Let `layer` read the source of the chain before its core: it has a copy of the chain, others may have theirs."""
-        if not layer.pre:
-            return
-        source, reader = layer.live[0], layer.core
-        self.consumers[source].append(layer.core)
-        for link in reversed(layer.pre):
-            value = link.outputs[0]
-            self.consumers[value].remove(reader)
-            if self.consumers[value] or value in self.exits:
-                return
-            reader = link
-        self.consumers[source].remove(reader)
-
-    def sole_consumer(self, value: Value) -> Equation | None:
-        """The one equation that hands relevance to `value`, or None when there are several, or when it is a target."""
-        readers = self.consumers[value]
-        return readers[0] if len(readers) == 1 and value not in self.exits else None
-
-
-def call_liveness(eqn: Equation, live, dependent):
-    """Liveness of each body's inputs and of the call's outputs, by a fixpoint where there is a carry.
-
-    Returns `(bodies, outputs)`: `bodies` holds, for each body of the call, its program and the (live, dependent) flags
-    of its inputs.
-    """
-    programs = [open_program(jaxpr) for jaxpr in _body_jaxprs(eqn)]
-    if eqn.name == "cond":
-        flows = [Flow(p, live[1:], dependent[1:]) for p in programs]
-        outputs = [any(flags) for flags in zip(*(_output_flags(f) for f in flows), strict=True)]
-        return [(p, live[1:], dependent[1:]) for p in programs], outputs
-    if eqn.name not in ("scan", "while"):
-        (program,) = programs
-        return [(program, live, dependent)], _output_flags(Flow(program, live, dependent))
-    if eqn.name == "scan":
-        consts, carry = scan_groups(eqn.params)
-    else:
-        skipped, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        live, dependent, programs = live[skipped:], dependent[skipped:], programs[1:]
-        carry = len(live) - consts
-    (program,) = programs
-    live, dependent = list(live), list(dependent)
-    while True:
-        flow = Flow(program, live, dependent)
-        outputs = _output_flags(flow)
-        touched = [v in flow.dependent for v in program.outputs]
-        new_live = _join_carry(live, outputs, consts, carry)
-        new_dependent = _join_carry(dependent, touched, consts, carry)
-        if new_live == live and new_dependent == dependent:
-            return [(program, live, dependent)], outputs
-        live, dependent = new_live, new_dependent
-
-
-def _join_carry(flags, outputs, consts, carry):
-    joined = [a or b for a, b in zip(flags[consts : consts + carry], outputs[:carry], strict=True)]
-    return flags[:consts] + joined + flags[consts + carry :]
-
-
-def _output_flags(flow: Flow) -> list[bool]:
-    return [v in flow.live for v in flow.program.outputs]
-
-
-def _body_jaxprs(eqn: Equation):
-    if eqn.name == "cond":
-        return eqn.params["branches"]
-    if eqn.name == "while":
-        return (eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"])
-    return (eqn.params["jaxpr"],)
 
 
 def recognise(
@@ -158,16 +47,14 @@ def recognise(
         if isinstance(step, Layer):
             members.update(step.equations)
         steps[flow.position[eqn]].append(step)
-    ordered = [_finish(step, facts, section) for position in sorted(steps) for step in steps[position]]
-    effects = tuple(e for e in program.equations if e.has_effects and e not in set(flow.moving))
+    ordered = [
+        dataclasses.replace(step, section=section) if isinstance(step, Layer) else step
+        for position in sorted(steps)
+        for step in steps[position]
+    ]
+    carried = set(flow.moving)
+    effects = tuple(e for e in program.equations if e.has_effects and e not in carried)
     return Section(program, tuple(ordered), frozenset(flow.live), facts.producer, effects)
-
-
-def _finish(step, facts: Facts, section: str):
-    if not isinstance(step, Layer):
-        return step
-    known = step.nonnegative if step.pre else all(facts.is_nonnegative(v) for v in step.live)
-    return dataclasses.replace(step, section=section, nonnegative=known)
 
 
 def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: str, inside) -> Layer | Plain | Call:
@@ -180,8 +67,8 @@ def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: 
         return Plain((eqn,))
     out = eqn.outputs[0]
 
-    def layer(kind, values=live, equations=(eqn,), frozen=()):
-        return Layer(kind, tuple(equations), tuple(values), out, eqn, frozen=tuple(frozen))
+    def layer(kind, values=live, frozen=()):
+        return Layer(kind, (eqn,), tuple(values), out, eqn, frozen=frozen)
 
     if name in prims.MAX_POOL:
         return layer("max_pool")
@@ -199,7 +86,7 @@ def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: 
         numerator, denominator = eqn.inputs
         if numerator in flow.live:
             return layer("norm", (numerator,), frozen=(denominator,))
-    if name in ("add", "sub", "add_any") and len(live) == 2:
+    if name in prims.SHIFTS and len(live) == 2:
         return layer("add")
     complex_abs = name == "abs" and live[0].dtype.kind == "c"  # homogeneous: its derivative conserves
     if name in prims.STRUCTURAL or complex_abs:
@@ -215,8 +102,10 @@ def _single(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: 
 
 def _unknown_message(eqn: Equation, live) -> str:
     reason = prims.REFUSED.get(eqn.name)
-    if reason is None and eqn.name in prims.NONLINEAR:
+    if reason is None and len(live) > 1:
         reason = f"it is nonlinear in {len(live)} different live values at once"
+    elif reason is None and eqn.name in prims.ELEMENTWISE:
+        reason = "it is nonlinear and broadcasts its live operand, or takes complex numbers"
     shapes = ", ".join(f"{v.dtype}{list(v.shape)}" for v in eqn.inputs)
     return (
         f"No propagation rule for the primitive '{eqn.name}' of ({shapes}) at {eqn.where}"
@@ -228,74 +117,100 @@ def _unknown_message(eqn: Equation, live) -> str:
 
 def _is_statistic(value: Value, flow: Flow, facts: Facts) -> bool:
     """Whether `value` is 1/sqrt (or sqrt) of something that was summed: a norm's statistic, not a signal."""
-    pending, seen, rooted = [value], set(), False
+    pending, seen = [(value, False)], set()
     while pending:
-        eqn = facts.producer.get(pending.pop())
-        if eqn is None or eqn in seen:
+        current, rooted = pending.pop()
+        eqn = facts.producer.get(current)
+        if eqn is None or (eqn, rooted) in seen:
             continue
-        seen.add(eqn)
-        if eqn.name in prims.SUM_POOL | prims.MAX_POOL:
-            if rooted:
-                return True
-            continue
+        seen.add((eqn, rooted))
+        if rooted and eqn.name in prims.SUM_POOL | prims.MAX_POOL:
+            return True
         if eqn.name in prims.ELEMENTWISE | prims.PURE_RESHAPE:
-            rooted = rooted or eqn.name in ("rsqrt", "sqrt") or (eqn.name == "pow")
-            pending.extend(v for v in eqn.inputs if v in flow.live)
+            rooted = rooted or eqn.name in ("rsqrt", "sqrt", "pow")
+            pending.extend((v, rooted) for v in eqn.inputs if v in flow.live)
     return False
 
 
-def _product(eqn: Equation, flow: Flow, facts: Facts, inside) -> Layer:
-    """A tree of multiplications of live values as one n-ary product: pairwise splits would depend on association."""
+def _product(eqn: Equation, flow: Flow, facts: Facts, inside: set[Value]) -> Layer:
+    """A tree of multiplications of live values as one n-ary product: pairwise splits would depend on association.
+
+    Numbers, signs, casts and reshapes between two multiplications do not end the tree.
+    """
     equations, factors = [eqn], []
     pending = list(eqn.inputs)
     while pending:
         value = pending.pop(0)
-        inner = facts.producer.get(value)
-        if (
-            inner is not None
-            and inner.name == "mul"
-            and value not in inside
-            and len(flow.live_operands(inner)) == 2
-            and flow.sole_consumer(value) is not None
-            and not any(_is_statistic(v, flow, facts) for v in inner.inputs)
-        ):
-            equations.insert(0, inner)
-            pending = list(inner.inputs) + pending
+        branch = _multiplication(value, flow, facts, inside)
+        if branch:
+            equations.extend(branch)
+            pending = list(branch[-1].inputs) + pending
         else:
             factors.append(value)
     equations.sort(key=flow.position.__getitem__)
-    return Layer("product", tuple(equations), tuple(factors), eqn.outputs[0], eqn)
+    degrees = tuple(_degree(value, flow, facts) for value in factors)
+    return Layer("product", tuple(equations), tuple(factors), eqn.outputs[0], eqn, degrees=degrees)
+
+
+def _multiplication(value: Value, flow: Flow, facts: Facts, inside: set[Value]) -> list[Equation]:
+    """The links from `value` back to a multiplication of values with two sources, and that; empty when there is none."""
+    branch: list[Equation] = []
+    while (inner := facts.producer.get(value)) is not None and flow.sole_consumer(value) is not None:
+        branch.append(inner)
+        live = flow.live_operands(inner)
+        if inner.name == "mul" and len(live) == 2 and value not in inside:
+            return [] if any(_is_statistic(v, flow, facts) for v in live) else branch
+        if len(live) != 1 or not is_chain_link(inner, live[0], flow) or parametric(inner, flow, facts):
+            return []
+        value = live[0]
+    return []
+
+
+def _degree(value: Value, flow: Flow, facts: Facts) -> int:
+    """How many times the value under `value` is a factor: 3 for `x * x * x` and `x**3`."""
+    eqn = facts.producer.get(value)
+    if eqn is None or not flow.live_operands(eqn) or flow.sole_consumer(value) is None:
+        return 1
+    if eqn.name == "mul" and all(v in flow.live for v in eqn.inputs):
+        bases = {_base(v, facts) for v in eqn.inputs}
+        return sum(_degree(v, flow, facts) for v in eqn.inputs) if len(bases) == 1 else 1
+    power = {"square": 2, "integer_pow": eqn.params.get("y", 1)}.get(eqn.name, 1)
+    return power if power > 1 else 1
+
+
+def _base(value: Value, facts: Facts) -> Value:
+    """The value that powers of it are made of."""
+    while (eqn := facts.producer.get(value)) is not None and eqn.name in ("mul", "square", "integer_pow"):
+        if eqn.name == "mul" and _base(eqn.inputs[0], facts) is not _base(eqn.inputs[1], facts):
+            return value
+        value = eqn.inputs[0]
+    return value
 
 
 def _call(eqn: Equation, flow: Flow, facts: Facts, options: Options, section: str) -> Call:
-    live = [v in flow.live for v in eqn.inputs]
-    bodies, _ = call_liveness(eqn, live, [v in flow.dependent for v in eqn.inputs])
-    if eqn.name == "while" and any(v in flow.carries for v in eqn.outputs):
+    if eqn.name == "while":
         raise NotDifferentiableError(
             f"Relevance cannot be propagated backwards through the `while` loop at {eqn.where}: the number of its "
             "steps is not known before it runs. Use `lax.scan`, or `lax.fori_loop` with a static trip count."
         )
     operands = eqn.inputs[1:] if eqn.name == "cond" else eqn.inputs
-    if eqn.name == "while":
-        operands = eqn.inputs[eqn.params["cond_nconsts"] :]
     carried = range(0)
     if eqn.name == "scan":
         consts, carry = scan_groups(eqn.params)
         carried = range(consts, consts + carry)
     where = "/".join(part for part in (section, eqn.scope) if part)
     sections = []
-    for program, body_live, body_dependent in bodies:
-        pairs = list(zip(program.inputs, operands, strict=True))
-        origins = {inner: facts.origin(outer) for inner, outer in pairs}
-        positive = {v for i, (v, outer) in enumerate(pairs) if i not in carried and facts.is_nonnegative(outer)}
+    for body in flow.bodies[eqn]:
+        pairs = list(zip(body.program.inputs, operands, strict=True))
         inner = recognise(
-            program,
-            body_live,
-            origins,
+            body.program,
+            body.live,
+            {inner: facts.origin(outer) for inner, outer in pairs if outer not in flow.dependent},
             options,
-            dependent=body_dependent,
+            dependent=body.dependent,
+            targets=flow.targets(eqn, body),
             section=_loop_scope(where, eqn),
-            nonnegative=positive,
+            nonnegative={v for i, (v, outer) in enumerate(pairs) if i not in carried and facts.is_nonnegative(outer)},
         )
         sections.append(inner)
     return Call(eqn, tuple(sections))

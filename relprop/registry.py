@@ -21,7 +21,7 @@ def register(primitive: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         >>> @rp.register("cumlogsumexp")
         ... def _(bind, x):
         ...     y = bind(x)  # relevance passes element by element
-        ...     return rp.with_tangent(y, rp.scale_tangent(x, y / x))
+        ...     return rp.with_tangent(y, rp.scale_tangent(x, y / rp.stabilize(x)))
         >>> from jax import lax
         >>> rp.explain(lax.cumlogsumexp, None)(jnp.array([1.0, 2.0])).tolist()
         [1.0, 2.313]

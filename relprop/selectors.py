@@ -76,26 +76,20 @@ def primitive(name: str) -> Selector:
 
 
 def path(pattern: str) -> Selector:
-    """Layers whose parameter path matches a glob: `params/Conv_*/kernel`, or a part of it such as `Conv_0`.
+    """Layers whose parameter path matches a glob, as a whole or in a run of its components.
 
-    `*` matches across `/`. A pattern without wildcards also matches whole components of the path.
+    `Conv_*`, `Conv_0/kernel` and `params/*/kernel` all match `params/Conv_0/kernel`; `*` matches across `/`.
     """
-
-    def match(layer):
-        if layer.path is None:
-            return False
-        return fnmatch.fnmatchcase(layer.path, pattern) or f"/{pattern.strip('/')}/" in f"/{layer.path}/"
-
-    return where(match, f"path({pattern!r})")
+    return where(lambda layer: layer.path is not None and _within(pattern, layer.path), f"path({pattern!r})")
 
 
 def scope(pattern: str) -> Selector:
-    """Layers inside a `jax.named_scope` (flax linen and equinox make them): a glob, or whole components of the scope."""
+    """Layers inside a `jax.named_scope` (flax linen and equinox make them) that matches a glob, as in `path`."""
+    return where(lambda layer: _within(pattern, layer.scope), f"scope({pattern!r})")
 
-    def match(layer):
-        return fnmatch.fnmatchcase(layer.scope, pattern) or f"/{pattern.strip('/')}/" in f"/{layer.scope}/"
 
-    return where(match, f"scope({pattern!r})")
+def _within(pattern: str, address: str) -> bool:
+    return fnmatch.fnmatchcase(f"/{address}/", f"*/{pattern.strip('/')}/*")
 
 
 def first(selector: Any = "affine") -> Selector:

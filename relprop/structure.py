@@ -16,7 +16,8 @@ class Layer:
     equation that names it; an affine layer also has the equations of its chain before (`pre`) and after (`post`) the core.
     `foldable` says whether the factor after the core can be folded into the weight, `shift_dims` along which dimensions of
     the core's operand the shift before it varies. `live` are the inputs that carry relevance, in the order in which a rule
-    receives them; `frozen` are operands that stay constant: the weight of an affine layer, the statistic of a norm.
+    receives them, `degrees` how often each is a factor of a product; `frozen` are operands that stay constant: the weight of
+    an affine layer, the statistic of a norm.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Layer:
     nonnegative: bool = False
     shift_dims: frozenset[int] = frozenset()
     foldable: bool = True
+    degrees: tuple[int, ...] = ()
     index: int = -1
     section: str = ""
 
@@ -45,8 +47,8 @@ class Layer:
 
     @property
     def address(self) -> str:
-        """The parameter path, else the scope, else kind and index."""
-        return self.path or self.scope or f"{self.kind}#{self.index}"
+        """The parameter path, else the scope and the function under `jit`, else `-`."""
+        return self.path or "/".join(part for part in (self.scope, self.core.function) if part) or "-"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -62,7 +64,8 @@ class Layer:
         return self.output.shape
 
     @property
-    def where(self) -> str:
+    def source(self) -> str:
+        """The user's file and line."""
         return self.core.where
 
 

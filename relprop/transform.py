@@ -39,9 +39,9 @@ class _Planned:
         inputs = self.plan.section.program.inputs
         return [inputs[i] in self.plan.needed for i in self.leaves.explained]
 
-    def run(self, taps=None):
+    def run(self):
         """`(outputs, pullback)`: the flat outputs, and seeds for the explained ones -> relevance of each leaf."""
-        interpreter = Interpreter(self.plan.rules, self.plan.needed, REGISTERED, taps)
+        interpreter = Interpreter(self.plan.rules, self.plan.needed, REGISTERED)
         section, leaves = self.plan.section, self.leaves
         inputs = [leaves.arrays[i] for i in leaves.explained]
 
@@ -98,8 +98,7 @@ def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=
         )
     options = Options(fallback, REGISTERED)
     live = [i in leaves.data for i in range(len(leaves.arrays))]
-    origins = {v: name for v, name in zip(program.inputs, leaves.names, strict=True) if name is not None}
-    origins = {v: name for i, (v, name) in enumerate(origins.items()) if not live[i]}
+    origins = {v: name for v, name, on in zip(program.inputs, leaves.names, live, strict=True) if not on}
     targets = program.outputs[:explained]
     section, _ = number(recognise(program, live, origins, options, targets=targets))
     return _Planned(leaves, Plan(section, composite), explained, shapes, static_aux)
@@ -289,7 +288,8 @@ def _report_non_finite(relevances, outputs):
         return
     own = all(bool(jnp.isfinite(y).all()) for y in outputs if jnp.issubdtype(y.dtype, jnp.inexact))
     cause = (
-        "Its output is finite: look at the rules (a denominator that is 0, an epsilon of 0 in Epsilon or Zero with a bias)."
+        "Its output is finite: look at the rules. A denominator close to 0 needs a larger epsilon; a rule or a "
+        "linearisation of your own may divide by 0."
         if own
         else "Its own output is not finite: look at the input and the parameters."
     )

@@ -110,7 +110,7 @@ CASES = {
     ),
     "a selector that is none": (lambda: rp.Composite([(3, rp.Epsilon())]), rp.ArgumentError, r"Expected a selector"),
     "a bias mode": (lambda: rp.Epsilon(bias="drop"), rp.RuleError, r"'absorb', 'ignore' or 'distribute', got 'drop'"),
-    "a negative epsilon": (lambda: rp.Epsilon(-1.0), rp.RuleError, r"Epsilon needs epsilon >= 0.0, got epsilon=-1.0"),
+    "a negative epsilon": (lambda: rp.Epsilon(-1.0), rp.RuleError, r"Epsilon needs epsilon >= 0, got epsilon=-1.0"),
     "a negative gamma": (lambda: rp.Gamma(-1.0), rp.RuleError, r"gamma >= 0"),
     "alpha and beta": (lambda: rp.AlphaBeta(2.0, 2.0), rp.RuleError, r"alpha - beta = 1, got alpha=2.0 and beta=2.0"),
     "bounds in the wrong order": (lambda: rp.ZBox(1.0, 0.0), rp.RuleError, r"low < high"),

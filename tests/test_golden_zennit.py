@@ -1,4 +1,4 @@
-"""Relevances equal zennit's, for every rule and preset.
+"""Relevances equal zennit's, for every rule and preset that zennit has.
 
 zennit stabilises at sums and average pooling, so `Norm(1e-6)` is put there. Flat and WSquare have no stabiliser here;
 where zennit's values carry one the tolerance is that of its size. See golden/README.md for how the values were made.
@@ -83,16 +83,20 @@ def test_synthetic_networks(name):
     assert len(found) >= 18
 
 
-@pytest.mark.parametrize("key", ["epsilon", "gamma", "preset_epsilon_alpha2_beta1_flat", "preset_epsilon_gamma_box"])
-@pytest.mark.parametrize("name", ["dense_tanh", "conv_mixed_2d", "vgg_max"])
-def test_synthetic_networks_in_float32(name, key):
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "vgg_avg")) for n in networks.NETWORKS])
+def test_synthetic_networks_in_float32(name):
     golden, fn, params = load(f"zennit_{name}"), networks.NETWORKS[name], networks.init(name)
-    rules = rules_of(key, networks.bounds(name))
-    relevance = explained(fn, params, golden["x"], golden["target"], key, rules, jnp.float32)
-    assert distance(relevance, golden[key]) < 1e-4
+    found = {}
+    for key in keys_of(name):
+        if key == "epsilon_nobias":  # without biases denominators cross 0: rounding is amplified 2000-fold
+            continue
+        rules = rules_of(key, networks.bounds(name), networks.channel_bounds(name))
+        relevance = explained(fn, params, golden["x"], golden["target"], key, rules, jnp.float32)
+        found[key] = distance(relevance, golden[key])
+    assert {k: v for k, v in found.items() if v > 1e-4} == {}
 
 
-RESNET_KEYS = [k for k in keys_of("resnet20") if k not in ("index", "digest")]
+RESNET_KEYS = [k for k in keys_of("resnet20") if k not in ("index", "digest", "epsilon_float32_error")]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +125,9 @@ def test_resnet20_in_float32(resnet20, key):
     golden, params, x = resnet20
     rules = rules_of(key, networks.cifar10_bounds())
     relevance = explained(networks.resnet20, params, x, golden["target"], key, rules, jnp.float32, jit=True)
-    assert distance(relevance, golden[key]) < 1e-4
+    # Under Epsilon rounding is amplified where outputs come close to 0: zennit in float32 is 1.7e-4 from its own values.
+    limit = float(golden["epsilon_float32_error"]) if key == "epsilon" else 1e-4
+    assert distance(relevance, golden[key]) < limit
 
 
 @networks.requires("resnet20/weights.npz")

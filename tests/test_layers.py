@@ -402,9 +402,27 @@ def test_concatenation_padding_slicing_and_gathering_move_relevance():
 
 def test_products_share_evenly_however_they_are_associated():
     a, b, c = (jax.random.normal(k, (3,)) for k in KEYS[:3])
-    for fn in (lambda a, b, c: (a * b) * c, lambda a, b, c: a * (b * c), lambda a, b, c: b * (c * a)):
+    forms = (
+        lambda a, b, c: (a * b) * c,
+        lambda a, b, c: a * (b * c),
+        lambda a, b, c: b * (c * a),
+        lambda a, b, c: -(a * b * 2.0) * c * -0.5,
+        lambda a, b, c: ((a * b).reshape(3, 1) * c.reshape(3, 1)).reshape(3),
+    )
+    for fn in forms:
         for relevance in rp.explain(fn, None, argnums=(0, 1, 2))(a, b, c):
             np.testing.assert_allclose(relevance, a * b * c / 3, rtol=1e-10)
+
+
+def test_powers_in_a_product_count_as_often_as_they_are_factors():
+    a, b = (jax.random.normal(k, (3,)) for k in KEYS[:2])
+    forms = (lambda a, b: a * a * b, lambda a, b: a * b * a, lambda a, b: a**2 * b, lambda a, b: jnp.square(a) * b)
+    for fn in forms:
+        ra, rb = rp.explain(fn, None, argnums=(0, 1))(a, b)
+        np.testing.assert_allclose(ra, 2 / 3 * a * a * b, rtol=1e-10)
+        np.testing.assert_allclose(rb, 1 / 3 * a * a * b, rtol=1e-10)
+    cubic = rp.explain(lambda a, b: a * a * a * b, None, argnums=(0, 1))(a, b)
+    np.testing.assert_allclose(cubic[0], 3 / 4 * a**3 * b, rtol=1e-10)
 
 
 def test_products_over_an_axis():
@@ -458,3 +476,31 @@ def test_a_factor_that_differs_between_examples_belongs_to_the_layer(rule):
         one = VECTORS[i : i + 1]
         expected = rp.explain(lambda x, q=factor: x @ (q * W) + row(B, x), rule)(one)
         np.testing.assert_allclose(relevance[i : i + 1], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_unused_outputs_of_a_body_cut_no_layer_and_deep_networks_are_planned():
+    def body(x):
+        h = x @ W
+        return h, h * 2.0 * row(B, h) + row(B, h), jnp.linalg.cholesky(h.T @ h + jnp.eye(3))
+
+    plain = rp.explain(lambda x: body(x)[1] @ W.T, rp.ZPlus())(VECTORS)
+    np.testing.assert_allclose(rp.explain(lambda x: jax.checkpoint(body)(x)[1] @ W.T, rp.ZPlus())(VECTORS), plain)
+
+    def deep(p, x):
+        for _ in range(300):
+            x = jax.nn.relu((x @ p - row(p[0], x)) * row(p[1], x))
+        return jax.checkpoint(lambda x: x @ p)(x)
+
+    assert len(rp.plan(deep, rp.Epsilon())(jnp.eye(4), VECTORS)) == 601
+
+
+def test_relative_space_honours_the_rule_of_an_activation():
+    """Flat above softplus: f(0) is absorbed; above relu: dead units hand on what they get."""
+    w = jnp.ones((4, 1))
+    soft = rp.explain(lambda x: jax.nn.softplus(x) @ w, rp.Flat())(VECTORS[:1])
+    z = jax.nn.softplus(VECTORS[:1])
+    np.testing.assert_allclose(soft, z.sum() / 4 * (z - jnp.log(2.0)) / z, rtol=1e-9)
+    hard = rp.explain(lambda x: jax.nn.relu(x) @ w, rp.Flat())(VECTORS[:1])
+    np.testing.assert_allclose(hard, jnp.full((1, 4), jax.nn.relu(VECTORS[:1]).sum() / 4), rtol=1e-9)
+    with pytest.raises(rp.RuleError, match=r"GuidedBackprop.*modifies the gradient.*Flat"):
+        rp.explain(lambda x: jax.nn.relu(x) @ w, [("dense", rp.Flat()), ("activation", rp.GuidedBackprop())])(VECTORS)

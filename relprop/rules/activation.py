@@ -1,6 +1,7 @@
 """Rules of activations and of anything else that keeps shapes: identity, pass, gradient, and the modified gradients."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from ..errors import RuleError
 from ..surrogate import quotient, scale_tangent, secant, with_tangent
 from .affine import positive
-from .base import Rule, with_backward
+from .base import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Pass(Rule):
         super().check(info)
         if info.input_shapes[0] != info.output_shape:
             raise RuleError(
-                f"Pass hands relevance on element by element, but the layer {info.address} at {info.where} takes "
+                f"Pass hands relevance on element by element, but the layer {info.address} at {info.source} takes "
                 f"{info.input_shapes[0]} to {info.output_shape}."
             )
 
@@ -76,11 +77,23 @@ class Gradient(Rule):
         return layer.evaluate(with_tangent(left, x))
 
 
+def with_backward(backward: Callable[..., jax.Array], x: jax.Array, *residuals: jax.Array) -> jax.Array:
+    """Return `x`; a coefficient `c` comes back as `backward(c, *residuals)`, which need not be linear in `c`."""
+
+    @jax.custom_vjp
+    def through(x, residuals):
+        return x
+
+    through.defvjp(lambda x, residuals: (x, residuals), lambda residuals, c: (backward(c, *residuals), None))
+    return through(x, residuals)
+
+
 @dataclasses.dataclass(frozen=True)
 class GuidedBackprop(Rule):
     """`c_in = c+ f'(x) [x > 0]`: only positive coefficients pass, and only where the input is. Springenberg et al. 2015."""
 
     kinds: ClassVar[tuple[str, ...]] = ("activation",)
+    linear: ClassVar[bool] = False
 
     def __call__(self, layer, x, z):
         _, slope = jax.jvp(layer.evaluate, (x,), (jnp.ones_like(x),))
@@ -93,6 +106,7 @@ class Deconvnet(Rule):
     """`c_in = c+`: the activation function is applied to the coefficient instead. Zeiler and Fergus 2014."""
 
     kinds: ClassVar[tuple[str, ...]] = ("activation",)
+    linear: ClassVar[bool] = False
 
     def __call__(self, layer, x, z):
         return with_backward(positive, x.astype(z.dtype))

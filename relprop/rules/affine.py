@@ -67,7 +67,7 @@ class AffineRule(Rule):
         super().check(info)
         if self.bias != "absorb" and "affine" not in info.kinds:
             raise RuleError(
-                f"{self} was selected for the {info.kind} layer {info.address} at {info.where}: only bias='absorb' has a "
+                f"{self} was selected for the {info.kind} layer {info.address} at {info.source}: only bias='absorb' has a "
                 "meaning at layers other than affine ones (dense, conv)."
             )
 

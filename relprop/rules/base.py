@@ -17,7 +17,7 @@ class Rule:
 
     - `__call__(layer, x, z)` returns a *surrogate*: an array of the shape and dtype of `z` whose value is of no
       interest, and whose tangent is the rule. JAX transposes it, so the coefficient `c = R / a` of the output becomes
-      that of the input. `surrogate.scale_tangent(z, ratio)` is `z` with its tangent multiplied by a ratio.
+      that of the input. `relprop.scale_tangent(z, ratio)` is `z` with its tangent multiplied by a ratio.
     - `relative(layer, x, z, r)`, for rules whose relevance is not proportional to `x`: returns the linear map of `r`
       (shape of `x`) to the shape of `z` whose transpose takes the relevance of the output to that of the input.
 
@@ -40,6 +40,8 @@ class Rule:
     kinds: ClassVar[tuple[str, ...]] = ("affine", "scale")
     selects: ClassVar[bool] = False
     """Whether the rule hands all relevance of a max pooling to the selected inputs."""
+    linear: ClassVar[bool] = True
+    """Whether the coefficient of the input is linear in that of the output."""
 
     def __call__(self, layer, x, z) -> jax.Array | None:
         return None
@@ -57,7 +59,7 @@ class Rule:
         if not set(self.kinds).intersection(info.kinds):
             raise RuleError(
                 f"The rule {self} is for layers of kind {' or '.join(self.kinds)}, but was selected for the {info.kind} "
-                f"layer {info.address} at {info.where}. Use a selector that leaves this layer out, or a rule for it."
+                f"layer {info.address} at {info.source}. Use a selector that leaves this layer out, or a rule for it."
             )
 
 
@@ -95,24 +97,13 @@ class RelevanceRule(Rule):
             if jnp.shape(handed_on) != x.shape:
                 raise RuleError(
                     f"The relevance function {getattr(self.function, '__name__', self.function)} returned relevance of "
-                    f"shape {jnp.shape(handed_on)} for the layer {layer.info.address} at {layer.info.where}, whose input "
+                    f"shape {jnp.shape(handed_on)} for the layer {layer.info.address} at {layer.info.source}, whose input "
                     f"has the shape {x.shape}."
                 )
             return handed_on.astype(x.dtype), None, None, None
 
         propagate.defvjp(forward, backward)
         return propagate(r, x, z, operands)
-
-
-def with_backward(backward: Callable[..., jax.Array], x: jax.Array, *residuals: jax.Array) -> jax.Array:
-    """Return `x`; a coefficient `c` comes back as `backward(c, *residuals)`, which need not be linear in `c`."""
-
-    @jax.custom_vjp
-    def through(x, residuals):
-        return x
-
-    through.defvjp(lambda x, residuals: (x, residuals), lambda residuals, c: (backward(c, *residuals), None))
-    return through(x, residuals)
 
 
 def as_rule(rule: Any) -> Rule:
@@ -127,8 +118,8 @@ def as_rule(rule: Any) -> Rule:
     )
 
 
-def check_number(rule: Any, name: str, lowest: float = 0.0) -> None:
-    """Refuse a hyper-parameter below `lowest`, if its value is known (it may be a tracer)."""
+def check_number(rule: Any, name: str) -> None:
+    """Refuse a negative hyper-parameter, if its value is known (it may be a tracer)."""
     value = getattr(rule, name)
-    if isinstance(value, int | float) and not value >= lowest:
-        raise RuleError(f"{type(rule).__name__} needs {name} >= {lowest}, got {name}={value}.")
+    if isinstance(value, int | float) and not value >= 0:
+        raise RuleError(f"{type(rule).__name__} needs {name} >= 0, got {name}={value}.")

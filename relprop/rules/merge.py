@@ -56,7 +56,7 @@ class ResidualGamma(Rule):
         check_number(self, "gamma")
 
     def __call__(self, layer, x, z):
-        a, b = x
+        a, b = (jnp.broadcast_to(v, z.shape) for v in x)
         if layer.info.core.name == "sub":
             b = -b
         gamma = jnp.asarray(self.gamma, z.dtype)
@@ -103,12 +103,19 @@ class ProportionalPool(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Rule):
-    """A product of n live factors hands 1/n of its relevance to each. AttnLRP (Achtibat et al. 2024), prop. 3.2."""
+    """A product of n live factors hands 1/n of its relevance to each. AttnLRP (Achtibat et al. 2024), prop. 3.2.
+
+    A factor that is a power of something counts as often as that is in it, so that `x * x * y` is `x * y * x`.
+    """
 
     kinds: ClassVar[tuple[str, ...]] = ("product",)
 
     def __call__(self, layer, x, z):
         core = layer.info.core
+        if core.name == "mul":
+            total = sum(layer.info.degrees)
+            shares = [degree / total for degree in layer.info.degrees]
+            return layer.evaluate(*(scale_tangent(v, widen(jnp.full_like(v, s))) for v, s in zip(x, shares, strict=True)))
         if core.name == "cumprod":
             axis, length = core.params["axis"], z.shape[core.params["axis"]]
             count = lax.broadcasted_iota(z.dtype, z.shape, axis) + 1
@@ -123,7 +130,7 @@ class Uniform(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Rule):
-    """A norm whose statistic is held constant: `c_in = c / statistic`."""
+    """A norm `x / s` or `x * s` whose statistic `s` is held constant: `c_in = c / s` or `c s`. Ali et al. 2022 (LN-rule)."""
 
     kinds: ClassVar[tuple[str, ...]] = ("norm",)
 

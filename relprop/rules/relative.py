@@ -1,7 +1,7 @@
 """Rules of affine layers that do not read the input: Flat, w^2 and z^B (deep Taylor decomposition).
 
 They hand relevance to inputs of 0 too, so they work in relative space (`Rule.relative`): the map of `r`, the relative
-perturbation of the inputs, whose transpose distributes relevance. Nothing is left for a bias, whatever `bias` says.
+perturbation of the inputs, whose transpose distributes relevance. Nothing is left for a bias.
 """
 
 import dataclasses
@@ -12,25 +12,12 @@ import jax.numpy as jnp
 
 from ..errors import RuleError
 from ..surrogate import reciprocal, scale_tangent, stabilize, widen
-from .affine import AffineRule, negative, positive
+from .affine import negative, positive
+from .base import Rule, check_number
 
 
 @dataclasses.dataclass(frozen=True)
-class RelativeRule(AffineRule):
-    """An affine rule with a relative part only."""
-
-    kinds: ClassVar[tuple[str, ...]] = ("affine",)
-
-    def __call__(self, layer, x, z):
-        return None
-
-    @property
-    def is_relative(self) -> bool:
-        return True
-
-
-@dataclasses.dataclass(frozen=True)
-class Flat(RelativeRule):
+class Flat(Rule):
     """Every connected input takes the same share: the layer with weights 1 and bias 0. Bach et al. 2016.
 
     Respects the receptive field and padding. At the first layer it smooths the picture at the resolution of that
@@ -42,13 +29,15 @@ class Flat(RelativeRule):
         Array([1.5, 1.5], dtype=float32)
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("affine",)
+
     def relative(self, layer, x, z, r):
         even = layer.with_weights(jnp.ones_like)
         return scale_tangent(even(r), reciprocal(even(jnp.ones_like(x))))
 
 
 @dataclasses.dataclass(frozen=True)
-class WSquare(RelativeRule):
+class WSquare(Rule):
     """`R_i = sum_j w_ij^2 / (sum_i w_ij^2 + epsilon) R_j`, for real-valued inputs. Montavon et al. 2017, eq. 12.
 
     Example:
@@ -59,15 +48,18 @@ class WSquare(RelativeRule):
 
     epsilon: float | jax.Array = 0.0
 
+    kinds: ClassVar[tuple[str, ...]] = ("affine",)
+
+    def __post_init__(self):
+        check_number(self, "epsilon")
+
     def relative(self, layer, x, z, r):
-        squared = layer.with_weights(jnp.square)
-        scale = layer.input_scale
-        factor = jnp.ones_like(x) if scale is None else jnp.square(scale)
+        squared, factor = layer.with_weights(jnp.square), jnp.square(layer.input_scale)
         return scale_tangent(squared(factor * r), reciprocal(stabilize(widen(squared(factor)), self.epsilon)))
 
 
 @dataclasses.dataclass(frozen=True)
-class ZBox(RelativeRule):
+class ZBox(Rule):
     """z^B, for inputs in a box such as pixels: `x W - low W+ - high W-`, numerator and denominator alike.
 
     `low <= x <= high` are numbers or arrays that broadcast to the layer's input (per channel: shape `(C,)` where channels
@@ -84,8 +76,10 @@ class ZBox(RelativeRule):
     high: Any
     epsilon: float | jax.Array = 1e-6
 
+    kinds: ClassVar[tuple[str, ...]] = ("affine",)
+
     def __post_init__(self):
-        super().__post_init__()
+        check_number(self, "epsilon")
         if all(isinstance(v, int | float) for v in (self.low, self.high)) and not self.low < self.high:
             raise RuleError(f"ZBox needs low < high, got low={self.low} and high={self.high}.")
 
@@ -100,7 +94,7 @@ class ZBox(RelativeRule):
             if not fits:
                 raise RuleError(
                     f"ZBox: {name} has the shape {shape}, which does not broadcast to the input {expected} of the layer "
-                    f"{info.address} at {info.where}. Give a number, or an array such as (channels,) or the full shape."
+                    f"{info.address} at {info.source}. Give a number, or an array such as (channels,) or the full shape."
                 )
 
     def relative(self, layer, x, z, r):
