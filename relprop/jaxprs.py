@@ -218,7 +218,8 @@ def scan_groups(params: dict[str, Any]) -> tuple[int, int]:
 
 def manual_axes(params: dict[str, Any]) -> frozenset[str]:
     """The mesh axes over which a `shard_map` maps."""
-    return frozenset(params.get("newly_manual_axes", params.get("manual_axes")))  # renamed after jax 0.10.0
+    name = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"  # renamed after jax 0.10.0
+    return frozenset(params[name])
 
 
 def path_name(path: Sequence[Any]) -> str:
