@@ -371,6 +371,7 @@ def test_max_pooling_in_proportion():
     rules = {"max_pool": rp.ProportionalPool(0.0)}
     for fn in (lambda x: pool(x, -jnp.inf, lax.max), lambda x: x.max((1, 2))):
         np.testing.assert_allclose(rp.explain(fn, rules)(x).ravel(), [0.4, 1.2, 0.8, 1.6])
+        np.testing.assert_allclose(jax.jit(rp.explain(fn, rules))(x).ravel(), [0.4, 1.2, 0.8, 1.6])
 
 
 def test_average_and_sum_pooling_hand_on_in_proportion():
