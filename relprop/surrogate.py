@@ -4,6 +4,8 @@ Nothing here uses `stop_gradient` or `custom_vjp`: a ratio is constant only in t
 relevance, and derivatives *of* an explanation see its true dependence on inputs and parameters.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -51,7 +53,7 @@ def _from_relative_jvp(primals, tangents):
     return value, (widen(value) * tangents[1].astype(wide_dtype(value))).astype(value.dtype)
 
 
-def wide_dtype(z: jax.Array) -> jnp.dtype:
+def wide_dtype(z: jax.Array) -> Any:
     """The dtype in which ratios of `z` are kept: float32 for half precision, else that of `z`."""
     return jnp.float32 if jnp.finfo(z.dtype).bits < 32 else z.dtype
 
