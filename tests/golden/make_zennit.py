@@ -413,6 +413,13 @@ def explain_all(model, x, target, relevance, gradient):
     return found | {key: explain(model, made, x, target, gradient=True) for key, made in gradient.items()}
 
 
+def float32_error(model, composite, x, target, expected):
+    """How far float32 takes zennit itself: Epsilon amplifies rounding where outputs come close to 0."""
+    narrow = explain(model.float(), composite, x.float(), target).astype(np.float64)
+    model.double()
+    return np.linalg.norm(narrow - expected) / np.linalg.norm(expected)
+
+
 def assert_equal_logits(name, model, x, expected):
     difference = np.abs(model(channels_first(x)).detach().numpy() - np.asarray(expected)).max()
     print(f"{name}: logits differ by {difference:.1e} from those of JAX")
@@ -479,10 +486,7 @@ def make_resnet20():
     relevance |= presets(bounds, merge)
     target = logits.argmax(-1)
     values = explain_all(model, inputs, target, relevance, gradient_presets())
-    # How far float32 takes zennit itself from these values: Epsilon amplifies rounding where outputs come close to 0.
-    narrow = explain(model.float(), relevance["epsilon"], inputs.float(), target).astype(np.float64)
-    error = np.linalg.norm(narrow - values["epsilon"]) / np.linalg.norm(values["epsilon"])
-    values["epsilon_float32_error"] = error
+    values["epsilon_float32_error"] = float32_error(model, relevance["epsilon"], inputs, target, values["epsilon"])
     save("resnet20", index=index, digest=networks.digest(x), target=target, logits=logits, **values)
 
 
@@ -505,6 +509,7 @@ def make_photograph(name, model, image, x, bounds):
         stored[f"{key}_values"] = value.reshape(-1)[positions]
         stored[f"{key}_norm"] = np.linalg.norm(value)
         stored[f"{key}_sum"] = value.sum()
+    stored["epsilon_float32_error"] = float32_error(model, relevance["epsilon"], inputs, target, values["epsilon"])
     digest = networks.digest(image)
     save(name, digest=digest, positions=positions, target=target, logits=logits, **stored)
 
