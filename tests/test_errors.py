@@ -163,6 +163,14 @@ def test_a_surrogate_of_a_wrong_shape_is_refused():
         rp.explain(dense, Wrong())(W, X)
 
 
+def test_a_rule_that_says_nothing_is_refused():
+    class Empty(rp.Rule):
+        pass
+
+    with pytest.raises(rp.RuleError, match="Empty defines neither `__call__` nor `relative`"):
+        rp.explain(dense, Empty())(W, X)
+
+
 def test_nan_in_relevance_is_reported():
     with pytest.warns(rp.NonFiniteRelevanceWarning, match="own output is not finite"):
         rp.explain(dense, rp.Epsilon())(W, X.at[0, 0].set(jnp.nan))

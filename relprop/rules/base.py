@@ -56,6 +56,8 @@ class Rule:
 
     def check(self, info) -> None:
         """Raise `RuleError` when the rule has no meaning at the layer `info`."""
+        if type(self).__call__ is Rule.__call__ and not self.is_relative:
+            raise RuleError(f"The rule {type(self).__name__} defines neither `__call__` nor `relative`: it says nothing.")
         if not set(self.kinds).intersection(info.kinds):
             raise RuleError(
                 f"The rule {self} is for layers of kind {' or '.join(self.kinds)}, but was selected for the {info.kind} "
