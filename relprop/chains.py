@@ -1,7 +1,9 @@
 """Groups of equations around one core: affine layers with their chains, pools with their scale, softmax."""
 
+import math
+
 from . import primitives as prims
-from .facts import dims_back, dims_forward, size
+from .facts import dims_back, dims_forward
 from .jaxprs import Equation, Value
 from .structure import Layer
 
@@ -96,7 +98,7 @@ def is_chain_link(eqn: Equation, value: Value, flow, others_may_depend: bool = F
         return False
     shape = eqn.outputs[0].shape
     if eqn.name in prims.PURE_RESHAPE:
-        return size(shape) == size(value.shape)
+        return math.prod(shape) == math.prod(value.shape)
     if eqn.name == "div" and eqn.inputs[0] is not value:
         return False
     return eqn.name in prims.LINEAR and shape == value.shape

@@ -1,7 +1,5 @@
 """Static facts about the values of a program: where they come from, where they vary, what sign they have."""
 
-import math
-
 import numpy as np
 
 from . import primitives as prims
@@ -155,8 +153,3 @@ def _through_reshape(source, target, dims) -> frozenset[int]:
         if dims.intersection(block_i):
             found.update(block_j)
     return frozenset(found) & _proper(target)
-
-
-def size(shape) -> int:
-    """The number of elements."""
-    return math.prod(shape)

@@ -5,6 +5,8 @@ in its live operands, so that its plain VJP is LRP-0? Does it merely move or sel
 relative tangents as they are? A primitive that is in none of the sets is refused by the planner (`UnknownPrimitiveError`).
 """
 
+from .jaxprs import REMAT
+
 # Elementwise, nonlinear (or linear in one operand only): parts of activations.
 NONLINEAR = frozenset(
     "abs acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt clamp cos cosh digamma erf erf_inv "
@@ -55,7 +57,7 @@ PURE_RESHAPE = frozenset(
 )
 SCALES = frozenset({"mul", "div", "neg"})
 SHIFTS = frozenset({"add", "sub", "add_any"})
-CALLS = frozenset({"scan", "while", "cond", "shard_map", "remat2", "remat", "checkpoint"})
+CALLS = frozenset({"scan", "while", "cond", "shard_map"}) | REMAT
 
 # Outputs without a tangent: whatever they depend on, no relevance flows through them.
 DISCRETE = PIECEWISE_CONSTANT | frozenset(
