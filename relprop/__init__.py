@@ -1,6 +1,6 @@
 """relprop: layer-wise relevance propagation as a JAX function transformation."""
 
-from . import plot, presets
+from . import plot, presets, text
 from .composite import Composite
 from .errors import (
     ArgumentError,
@@ -14,10 +14,12 @@ from .errors import (
 )
 from .plan import Plan
 from .registry import register
-from .rules.activation import Deconvnet, Gradient, GuidedBackprop, Identity, Pass
+from .rules.activation import Deconvnet, Gradient, GuidedBackprop, Identity, Pass, Stop
 from .rules.affine import AlphaBeta, Epsilon, Gamma, Zero, ZPlus
-from .rules.base import RelevanceRule, Rule
-from .rules.merge import Frozen, Norm, ProportionalPool, ResidualGamma, Uniform
+from .rules.base import Graded, RelevanceRule, Rule
+from .rules.merge import Norm, ProportionalPool, ResidualGamma
+from .rules.normalisation import Frozen, LocalResponse, Temperature
+from .rules.product import SignalTakeAll, Uniform
 from .rules.relative import Flat, WSquare, ZBox
 from .selectors import first, kind, last, optional, path, primitive, scope, where
 from .surrogate import scale_tangent, stabilize, with_tangent
@@ -33,9 +35,11 @@ __all__ = [
     "Flat",
     "Frozen",
     "Gamma",
+    "Graded",
     "Gradient",
     "GuidedBackprop",
     "Identity",
+    "LocalResponse",
     "NonFiniteRelevanceWarning",
     "Norm",
     "NotDifferentiableError",
@@ -47,7 +51,10 @@ __all__ = [
     "ResidualGamma",
     "Rule",
     "RuleError",
+    "SignalTakeAll",
+    "Stop",
     "TargetError",
+    "Temperature",
     "Uniform",
     "UnknownPrimitiveError",
     "UnusedSelectorWarning",
@@ -69,6 +76,7 @@ __all__ = [
     "scale_tangent",
     "scope",
     "stabilize",
+    "text",
     "value_and_explain",
     "vjp",
     "where",

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import tokens
 from .errors import ArgumentError, NotDifferentiableError, TargetError
-from .jaxprs import path_name
+from .jaxprs import Program, path_name, trace
 
 
 @dataclasses.dataclass
@@ -20,7 +21,8 @@ class Leaves:
 
     `arrays` are the leaves that are traced, named by `names`; everything else (flags, strings, functions) is static.
     `explained` and `data` index into `arrays`: what relevance is asked of, and where the flow of relevance starts (the
-    explained arguments that are not parameters; the last positional argument where only parameters are explained).
+    explained arguments that are not parameters; the last positional argument where only parameters are explained);
+    `integers` are those among the explained that hold integers (tokens).
     `rebuild(arrays)` gives back the arguments; `restore(relevances)` puts relevances into the explained arguments' form.
     """
 
@@ -28,6 +30,7 @@ class Leaves:
     names: list[str]
     explained: list[int]
     data: list[int]
+    integers: list[int]
     rebuild: Callable[[Sequence[Any]], tuple[tuple, dict]]
     restore: Callable[[Sequence[Any]], Any]
 
@@ -70,6 +73,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
     slots: list[tuple[str, Any]] = []
     explained: list[int] = []
     data: list[int] = []
+    integers: list[int] = []
     others: list[int] = []
     for position, argument in enumerate(args):
         for path, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]:
@@ -86,6 +90,8 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
             names.append(label)
             if wanted:
                 explained.append(index)
+                if jnp.issubdtype(arrays[-1].dtype, jnp.integer):
+                    integers.append(index)
             if wanted and position not in held:
                 data.append(index)
             if not wanted and position == len(args) - 1 and jnp.issubdtype(arrays[-1].dtype, jnp.inexact):
@@ -110,7 +116,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
             values = values[tree.num_leaves :]
         return parts[0] if isinstance(argnums, int | np.integer) else tuple(parts)
 
-    return Leaves(arrays, names, explained, data or others or explained, rebuild, restore)
+    return Leaves(arrays, names, explained, data or others or explained, integers, rebuild, restore)
 
 
 def _parameters(numbers, parameters, args) -> set[int]:
@@ -128,7 +134,7 @@ def _explainable(leaf: Any, label: str) -> jax.Array:
     if isinstance(leaf, bool | int) or not (is_array(leaf) or isinstance(leaf, float | complex)):
         raise NotDifferentiableError(_no_relevance(label, type(leaf).__name__))
     array = _as_array(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
+    if not jnp.issubdtype(array.dtype, jnp.inexact) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise NotDifferentiableError(_no_relevance(label, f"{array.dtype}{list(array.shape)}"))
     return array
 
@@ -136,8 +142,32 @@ def _explainable(leaf: Any, label: str) -> jax.Array:
 def _no_relevance(label: str, given: str) -> str:
     return (
         f"The explained argument '{label}' is {given}, which carries no relevance: relevance is carried by floating-point "
-        "arrays. Cast it to a float (pixels: x.astype('float32')), explain a float argument with `argnums`, explain the "
-        "embeddings that integer tokens select, or split what is no array off a module (eqx.partition, nnx.split)."
+        "arrays, and by arrays of integers that select rows of an embedding. Cast it to a float (pixels: "
+        "x.astype('float32')), explain another argument with `argnums`, or split what is no array off a module "
+        "(eqx.partition, nnx.split)."
+    )
+
+
+def with_companions(program: Program, leaves: Leaves) -> tuple[Program, Leaves]:
+    """Put companions in the place of the explained integers; see `relprop.tokens`."""
+    floats = [v.dtype for v in program.outputs if v.carries_relevance]
+    dtype = jnp.float64 if jnp.float64 in floats else jnp.float32
+    count, used = len(leaves.arrays), set[int]()
+    follow = tokens.follow(program, leaves.integers, used)
+    companions = [tokens.companion(leaves.arrays[i], dtype) for i in leaves.integers]
+    program, _ = trace(lambda *arrays: follow(arrays[:count], arrays[count:]), *leaves.arrays, *companions)
+    for i in leaves.integers:
+        if i not in used:
+            array = leaves.arrays[i]
+            given = f"{array.dtype}{list(array.shape)}, and selects no rows of an embedding"
+            raise NotDifferentiableError(_no_relevance(leaves.names[i], given))
+    place = dict(zip(leaves.integers, range(count, count + len(companions)), strict=True))
+    return program, dataclasses.replace(
+        leaves,
+        arrays=[*leaves.arrays, *companions],
+        names=[*leaves.names, *(leaves.names[i] for i in leaves.integers)],
+        explained=[place.get(i, i) for i in leaves.explained],
+        data=[place.get(i, i) for i in leaves.data],
     )
 
 

@@ -1,4 +1,4 @@
-"""Groups of equations around one core: affine layers with their chains, pools with their scale, softmax."""
+"""Groups of equations around one core: affine layers with their chains, pools with their scale."""
 
 import math
 
@@ -59,35 +59,6 @@ def sum_pool_layer(core: Equation, flow, facts, taken) -> Layer | None:
         post.pop()
     output = (post[-1] if post else core).outputs[0]
     return Layer("sum_pool", (core, *post), tuple(live), output, core, post=tuple(post))
-
-
-def softmax_layer(core: Equation, flow, facts, taken) -> Layer | None:
-    """`exp(u) / sum(exp(u))`, by its last two equations; the shift of `u` by its maximum stays outside."""
-    if core.name != "div" or core.inputs[1] not in flow.live:
-        return None
-    members = [core]
-
-    def back_to(name, value):
-        """Follow reshapes and casts back to an equation called `name`."""
-        while (eqn := facts.producer.get(value)) is not None and eqn not in taken:
-            members.append(eqn)
-            if eqn.name == name:
-                return eqn
-            if eqn.name not in prims.PURE_RESHAPE:
-                return None
-            value = eqn.inputs[0]
-        return None
-
-    total = back_to("reduce_sum", core.inputs[1])
-    below = total and back_to("exp", total.inputs[0])
-    above = below and back_to("exp", core.inputs[0])
-    if not above or below.inputs[0] is not above.inputs[0] or above.inputs[0] not in flow.live:
-        return None
-    members = sorted(set(members), key=flow.position.__getitem__)
-    inner = [v for e in members[:-1] for v in e.outputs]
-    if flow.exits.intersection(inner) or any(r not in members for v in inner for r in flow.consumers[v]):
-        return None
-    return Layer("softmax", tuple(members), (above.inputs[0],), core.outputs[0], core)
 
 
 def is_chain_link(eqn: Equation, value: Value, flow, others_may_depend: bool = False) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import ArgumentError, UnusedSelectorWarning
-from .rules.base import Rule, as_rule
+from .rules.base import Graded, Rule, as_rule
 from .selectors import Selector, as_selector, kind
 from .structure import Layer
 
@@ -56,7 +56,10 @@ class Composite:
                 )
         chosen = []
         for i, layer in enumerate(layers):
-            rule = next((pair[1] for pair, hit in zip(self._pairs, table, strict=True) if hit[i]), defaults[layer.kind])
+            hits = ((rule, hit) for (_, rule), hit in zip(self._pairs, table, strict=True) if hit[i])
+            rule, hit = next(hits, (defaults[layer.kind], []))
+            if isinstance(rule, Graded):
+                rule = rule.at(sum(hit[:i]), sum(hit))
             rule.check(layer)
             chosen.append(rule)
         return chosen

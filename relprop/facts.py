@@ -1,21 +1,39 @@
-"""Static facts about the values of a program: where they come from, where they vary, what sign they have."""
-
-import numpy as np
+"""Static facts about the values of a program: where they come from, where they vary, how they are bounded."""
 
 from . import primitives as prims
+from .flow import Flow
 from .jaxprs import Constant, Equation, Value
+from .ranges import Range, Ranges
+
+Outer = dict[Value, tuple[Value, "Facts"]]
 
 
 class Facts:
     """Facts about one program, found on demand and remembered. The unknown is answered by the safe side."""
 
-    def __init__(self, equations, origins: dict[Value, str], nonnegative: set[Value]):
-        """`origins` names inputs (parameter paths); `nonnegative` holds inputs known to be >= 0."""
+    def __init__(self, flow: Flow, origins: dict[Value, str], known: dict[Value, Range], outer: Outer | None = None):
+        """`origins` names inputs (parameter paths), `known` holds bounds of values.
+
+        `outer` says for the inputs of a body which value outside they are, and the facts there.
+        """
+        equations = flow.program.equations
+        self.flow = flow
+        self.outer = outer or {}
         self.producer: dict[Value, Equation] = {v: eqn for eqn in equations for v in eqn.outputs}
+        self.known = known
+        self._equations = equations
         self._origins: dict[Value, str | None] = dict(origins)
         self._literal: dict[Value, bool] = {}
         self._varying: dict[Value, frozenset[int]] = {}
-        self._nonnegative: dict[Value, bool] = dict.fromkeys(nonnegative, True)
+        self._ranges: Ranges | None = None
+
+    def position(self, value: Value) -> int:
+        """When `value` is computed; -1 for inputs."""
+        return self.flow.position[self.producer[value]] if value in self.producer else -1
+
+    def outside(self, value: Value) -> list[tuple[Value, "Facts"]]:
+        """The value outside of the body that an input of it is, with the facts there."""
+        return [self.outer[value]] if value in self.outer else []
 
     def origin(self, value: Value) -> str | None:
         """The path of the parameter that `value` derives from, the first one where there are several."""
@@ -50,52 +68,20 @@ class Facts:
             return frozenset().union(*dims) & _proper(value.shape)
         return _proper(value.shape)
 
+    def range(self, value: Value) -> Range:
+        """Bounds of the elements of `value`; see `relprop.ranges`."""
+        if self._ranges is None:
+            self._ranges = Ranges(self._equations, self.known)
+        return self._ranges.of(value)
+
     def is_nonnegative(self, value: Value) -> bool:
         """Whether no element of `value` can be negative."""
-        if isinstance(value, Constant):
-            array = value.value
-            known = value.ndim == 0 and isinstance(array, bool | int | float | np.generic | np.ndarray)
-            return bool(known and value.carries_relevance and array >= 0)
-        if value not in self._nonnegative:
-            self._nonnegative[value] = False  # a cycle cannot occur; this only stops a wrong program early
-            eqn = self.producer.get(value)
-            self._nonnegative[value] = eqn is not None and self._sign_of(eqn, eqn.outputs.index(value))
-        return self._nonnegative[value]
+        return value.carries_relevance and self.range(value)[0] >= 0
 
-    def _sign_of(self, eqn: Equation, output: int) -> bool:
-        name, inputs = eqn.name, eqn.inputs
-        positive = self.is_nonnegative
-        if name in ("exp", "exp2", "logistic", "abs", "square", "cosh", "erfc", "sqrt", "rsqrt"):
-            return eqn.outputs[0].carries_relevance and not np.issubdtype(inputs[0].dtype, np.complexfloating)
-        if name == "integer_pow":
-            return eqn.params["y"] % 2 == 0 or positive(inputs[0])
-        if name == "mul":
-            return inputs[0] is inputs[1] or all(map(positive, inputs))
-        if name == "max":
-            return any(map(positive, inputs))
-        if name == "clamp":
-            return positive(inputs[0])
-        if name == "select_n":
-            return all(map(positive, inputs[1:]))
-        if name in ("div", "add", "add_any", "min", "pow", "concatenate", "pad", "dynamic_update_slice", "scatter-add"):
-            floats = [v for v in inputs if v.carries_relevance]
-            return all(map(positive, floats))
-        if name in ("sort", "psum", "psum_invariant", "pvary", "optimization_barrier"):
-            return len(inputs) == len(eqn.outputs) and positive(inputs[output])
-        if name in _KEEPS_SIGN:
-            return positive(inputs[0])
-        return False
-
-
-_KEEPS_SIGN = (
-    prims.PURE_RESHAPE
-    | prims.SUM_POOL
-    | prims.MAX_POOL
-    | frozenset(
-        "slice dynamic_slice gather reduce_min reduce_window_min cumsum cummax name stop_gradient tanh expm1 log1p cbrt "
-        "sharding_constraint floor ceil round reduce_precision reduce_prod cumprod".split()
-    )
-)
+    def is_gate(self, value: Value) -> bool:
+        """Whether `value` is squashed: no element can be below 0 or above 1."""
+        low, high = self.range(value)
+        return low >= 0 and high <= 1
 
 
 def _proper(shape) -> frozenset[int]:

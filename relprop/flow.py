@@ -33,6 +33,7 @@ class Flow:
         self.dependent |= self.live
         self.position: dict[Equation, int] = {}
         self.bodies: dict[Equation, list[Body]] = {}
+        self._weighted: dict[Equation, bool] = {}
         for position, eqn in enumerate(program.equations):
             self.position[eqn] = position
             if not any(v in self.dependent for v in eqn.inputs):
@@ -40,14 +41,26 @@ class Flow:
             self.dependent.update(eqn.outputs)
             self.live.update(v for v, on in zip(eqn.outputs, self._live_outputs(eqn), strict=True) if on)
         self.exits = set(program.outputs if targets is None else targets) & self.live
-        self.carries: set[Value] = set(self.exits)
-        for eqn in reversed(program.equations):
+        self.carries: set[Value] = set()
+        self.moving: list[Equation] = []
+        self.consumers: dict[Value, list[Equation]] = {}
+        self.reroute({})
+
+    def reroute(self, reads: dict[Equation, tuple[Value, ...]]):
+        """Find what carries relevance, where the equations in `reads` hand it to those values and not to their operands.
+
+        So what lies inside of a softmax, or leads to the statistic of a norm, carries none of its own.
+        """
+        self.carries = set(self.exits)
+        self.moving = []
+        for eqn in reversed(self.program.equations):
             if any(v in self.carries for v in eqn.outputs):
-                self.carries.update(v for v in eqn.inputs if v in self.live)
-        self.moving = [e for e in program.equations if any(v in self.carries for v in e.outputs)]
-        self.consumers: dict[Value, list[Equation]] = defaultdict(list)
+                self.moving.append(eqn)
+                self.carries.update(v for v in reads.get(eqn, eqn.inputs) if v in self.live)
+        self.moving.reverse()
+        self.consumers = defaultdict(list)
         for eqn in self.moving:
-            for v in dict.fromkeys(eqn.inputs):
+            for v in dict.fromkeys(reads.get(eqn, eqn.inputs)):
                 self.consumers[v].append(eqn)
 
     def _live_outputs(self, eqn: Equation) -> list[bool]:
@@ -61,6 +74,15 @@ class Flow:
 
     def live_operands(self, eqn: Equation) -> list[Value]:
         return [v for v in eqn.inputs if v in self.live]
+
+    def has_weights(self, eqn: Equation) -> bool:
+        """Whether an equation mixes elements of its live operand by what is not: a layer with weights, or a call of one."""
+        if eqn.name in prims.MIXING:
+            return len(self.live_operands(eqn)) == 1
+        if eqn not in self._weighted:
+            inner = [Flow(body.program, body.live, body.dependent) for body in self.bodies.get(eqn, ())]
+            self._weighted[eqn] = any(flow.has_weights(e) for flow in inner for e in flow.program.equations)
+        return self._weighted[eqn]
 
     def targets(self, eqn: Equation, body: "Body") -> list[Value]:
         """The outputs of a call's body that relevance comes from: those that are explained, or carried to one that is."""

@@ -24,15 +24,16 @@ class Interpreter:
     """Evaluates sections under one assignment of rules.
 
     `rules` maps layer indices to rules, `needed` holds the values whose relative tangents are needed, `registered` maps
-    primitive names to linearisations. `taps` maps layer indices to a pair of functions that see what goes in and out of
-    the layer and may change it (an identity with a tangent of its own): the hook for ledgers.
+    primitive names to linearisations. `taps` is the hook for ledgers: `taps.into(place, arrays)` and `taps.out(place, arrays)`
+    see what relevance passes, in and out of every layer and every plain equation, and may change it (an identity with a
+    tangent of its own).
     """
 
     def __init__(self, rules: Mapping[int, Any], needed: frozenset[Value], registered, taps=None):
         self.rules = rules
         self.needed = needed
         self.registered = registered
-        self.taps = taps or {}
+        self.taps = taps
 
     def evaluate(self, section: Section, operands, relatives, asked=()):
         """The values of the outputs of `section`, and the relatives of those at the positions `asked`."""
@@ -48,7 +49,7 @@ class Interpreter:
             elif isinstance(step, Call):
                 self._call(step, env, rel)
             else:
-                self._plain(step, env, rel)
+                self._plain(step, env, rel, section.live)
         for eqn in section.effects:
             env.run(eqn)
         outputs = [jnp.asarray(read(env, v), v.dtype) if isinstance(v, Constant) else env[v] for v in program.outputs]
@@ -63,9 +64,8 @@ class Interpreter:
     def _layer(self, layer: Layer, env, rel):
         rule = self.rules[layer.index]
         inputs = [read(env, v) for v in layer.live]
-        tap_in, tap_out = self.taps.get(layer.index, (None, None))
-        if tap_in is not None:
-            inputs = tap_in(inputs)
+        if self.taps is not None:
+            inputs = self.taps.into(layer, inputs)
         view = (AffineView if layer.kind in AFFINE_KINDS else LayerView)(layer, env)
         value = view.evaluate(*inputs)
 
@@ -81,8 +81,8 @@ class Interpreter:
             from_r = from_relative(value, part)
             # Both parts count: the tangent of a sum whose value is that of the layer.
             out = from_r if tangent is None else with_tangent(value, tangent + from_r)
-        if tap_out is not None:
-            out = tap_out(out)
+        if self.taps is not None:
+            (out,) = self.taps.out(layer, [out])
         env[layer.output] = out
         if layer.output in self.needed:
             handed = [self._relative(rel, env, v) for v in layer.live]
@@ -115,11 +115,16 @@ class Interpreter:
             f"{list(surrogate.shape)}; it must have the dtype and shape of the layer's output, {z.dtype}{list(z.shape)}."
         )
 
-    def _plain(self, step: Plain, env, rel):
+    def _plain(self, step: Plain, env, rel, live):
         for eqn in step.equations:
             operands = [read(env, v) for v in eqn.inputs]
             evaluate = self._evaluator(eqn)
+            if self.taps is not None:
+                seen = iter(self.taps.into(eqn, [x for x, v in zip(operands, eqn.inputs, strict=True) if v in live]))
+                operands = [next(seen) if v in live else x for x, v in zip(operands, eqn.inputs, strict=True)]
             outputs = evaluate(*operands)
+            if self.taps is not None:
+                outputs = self.taps.out(eqn, outputs)
             env.update(zip(eqn.outputs, outputs, strict=True))
             if not any(v in self.needed for v in eqn.outputs):
                 continue

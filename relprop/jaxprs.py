@@ -31,6 +31,8 @@ _OPENED = {
     "composite": "jaxpr",
 }
 REMAT = frozenset({"remat2", "remat", "checkpoint"})
+# Kernels that cannot be read. A function with a backward pass of its own stays closed around them.
+_KERNELS = frozenset("dot_product_attention_fwd_wrapper ffi_call pallas_call pure_callback tpu_custom_call".split())
 # Frames in these folders are not the user's own.
 _LIBRARIES = (
     os.path.dirname(os.path.abspath(__file__)) + os.sep,
@@ -168,7 +170,7 @@ def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> lis
         inputs = [lookup(atom) for atom in eqn.invars]
         here = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
         source = call_source or eqn.source_info
-        if eqn.primitive.name in _OPENED:
+        if eqn.primitive.name in _OPENED and not _is_kernel(eqn):
             callee = eqn.params[_OPENED[eqn.primitive.name]]
             callee_jaxpr = getattr(callee, "jaxpr", callee)
             # Functions of a library are traced once and remember the first caller's line: keep this caller's.
@@ -185,6 +187,21 @@ def _open(jaxpr, env, equations, scope="", call_source=None, function="") -> lis
                 Equation(eqn.primitive, eqn.params, tuple(inputs), outputs, source, here, function, bool(eqn.effects))
             )
     return [lookup(atom) for atom in jaxpr.outvars]
+
+
+def _is_kernel(eqn) -> bool:
+    """Whether an equation is a `custom_vjp` function around a kernel: its own backward pass is all that is known of it."""
+    return eqn.primitive.name.startswith("custom_vjp") and _has_kernel(eqn.params[_OPENED[eqn.primitive.name]])
+
+
+def _has_kernel(jaxpr) -> bool:
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name in _KERNELS:
+            return True
+        params = [p for value in eqn.params.values() for p in (value if isinstance(value, tuple | list) else [value])]
+        if any(_has_kernel(p) for p in params if hasattr(getattr(p, "jaxpr", p), "eqns")):
+            return True
+    return False
 
 
 def _is_library(filename: str) -> bool:

@@ -41,6 +41,10 @@ class LayerView:
         start = dict(zip(self.info.live, inputs, strict=True))
         return run(self.info.equations, self._env, start)[self.info.output]
 
+    def jointly(self, x: jax.Array) -> jax.Array:
+        """A norm as a function of its signal, statistic included."""
+        return run(self.info.joint, self._env, {self.info.live[0]: x})[self.info.output]
+
     def split(self):
         """The arrays that the layer reads, and a function that builds the layer from such arrays.
 

@@ -9,13 +9,14 @@ from .jaxprs import Value
 from .rules.activation import Gradient, Identity
 from .rules.affine import Zero
 from .rules.base import Rule
-from .rules.merge import Frozen, Uniform
+from .rules.normalisation import Frozen
+from .rules.product import Uniform
 from .structure import Call, Layer, Plain, Section
 
 DEFAULTS: Mapping[str, Rule] = {
     **dict.fromkeys(("dense", "conv", "affine", "scale", "sum_pool", "add"), Zero()),
     "activation": Identity(),
-    "product": Uniform(),
+    **dict.fromkeys(("product", "gate", "attention"), Uniform()),
     "norm": Frozen(),
     "softmax": Gradient(),
     "max_pool": Gradient(),

@@ -1,4 +1,4 @@
-"""Composites by name, for convolutional and dense networks. Names and contents are zennit's where zennit has them.
+"""Composites by name. For convolutional and dense networks names and contents are zennit's where zennit has them.
 
 `epsilon` (default 1e-6) is in the units of each layer's output, `low` and `high` in those of the input.
 """
@@ -8,10 +8,12 @@ from typing import Any
 from .composite import Composite
 from .errors import RuleError
 from .rules.activation import Deconvnet, GuidedBackprop
-from .rules.affine import AlphaBeta, Epsilon, Gamma, ZPlus
-from .rules.merge import ProportionalPool
+from .rules.affine import AlphaBeta, Epsilon, Gamma, Zero, ZPlus
+from .rules.base import Graded
+from .rules.merge import Norm, ProportionalPool, ResidualGamma
+from .rules.product import SignalTakeAll
 from .rules.relative import Flat, WSquare, ZBox
-from .selectors import first, optional
+from .selectors import Selector, first, kind, optional, where
 
 
 def _composite(*pairs: tuple[Any, Any]) -> Composite:
@@ -79,3 +81,80 @@ def deconvnet() -> Composite:
     Relevance is input times the deconvnet signal; `explain(..., coefficients=True)` returns the signal itself.
     """
     return _composite(("activation", Deconvnet()))
+
+
+def lstm(epsilon=1e-3, accumulator=0.0) -> Composite:
+    """Recurrent networks: gates take nothing, activations pass relevance, sums are proportional. Arras et al. 2017, 2019.
+
+    Epsilon for layers with weights; `x W + h U + b` of a cell is one such layer, however it is written. `accumulator` is
+    the stabiliser of other sums, `f c + i g`: 0 shares in exact proportion, Arras' code has `epsilon` there, too.
+    """
+    parts = where(lambda layer: layer.preactivation == "part", "parts of preactivations")
+    totals = where(lambda layer: layer.preactivation == "total", "preactivations")
+    return _composite(
+        (parts, Zero()),
+        (totals & kind("add"), Norm(epsilon)),
+        ("add", Norm(accumulator) if accumulator else Zero()),
+        (kind("affine") | totals, Epsilon(epsilon)),
+        ("gate", SignalTakeAll()),
+    )
+
+
+def attn_lrp(epsilon=1e-6) -> Composite:
+    """Transformers: Epsilon for layers with weights, half to each factor of a product. Achtibat et al. 2024 (AttnLRP).
+
+    Statistics of norms are held constant and a softmax has its derivative, as is the default everywhere.
+    """
+    return _composite(("affine", Epsilon(epsilon)))
+
+
+def cp_lrp(epsilon=1e-6) -> Composite:
+    """Transformers, conservatively: attention weights are held constant, all relevance takes the values. Ali et al. 2022.
+
+    In a gated feed-forward network `act(g) * u` the activated operand is held.
+    """
+    held = SignalTakeAll(("gate", "activated"))
+    return _composite(("affine", Epsilon(epsilon)), (kind("product") | kind("attention"), held))
+
+
+def res_lrp(gamma=1.0, epsilon=1e-6) -> Composite:
+    """`attn_lrp` with `ResidualGamma` where a residual branch meets its skip connection. Berend et al. 2026."""
+    residual = where(lambda layer: layer.kind == "add" and "skip" in layer.roles, "residual")
+    return _composite((residual, ResidualGamma(gamma)), *attn_lrp(epsilon))
+
+
+def attn_lrp_vit(gamma_conv=0.25, gamma_dense=0.05, epsilon=1e-6) -> Composite:
+    """Vision transformers: Gamma for the patches' convolution and the feed-forward layers. Achtibat et al. 2024, app. B.
+
+    Feed-forward layers are the dense layers right before and right after an activation.
+    """
+
+    def beside_activations(layers):
+        activations = [layer for layer in layers if layer.kind == "activation"]
+        before, after = {layer.live[0] for layer in activations}, {layer.output for layer in activations}
+        return [layer.kind == "dense" and (layer.output in before or layer.live[0] in after) for layer in layers]
+
+    feed_forward = Selector(beside_activations, "feed-forward")
+    return _composite(("conv", Gamma(gamma_conv, epsilon)), (feed_forward, Gamma(gamma_dense, epsilon)), *attn_lrp(epsilon))
+
+
+def mamba(epsilon=1e-6) -> Composite:
+    """Selective state spaces: what modulates the input (A, B, C and the step, computed from it) is held. Jafari et al. 2024.
+
+    The output gate `y * silu(z)` shares by halves, SiLU passes relevance, statistics of norms are held (MambaLRP).
+    """
+    return _composite(("affine", Epsilon(epsilon)), ("product", SignalTakeAll(("gate", "modulator"))))
+
+
+def gnn(gamma=3.0, layers: Any = None, epsilon=1e-6) -> Composite:
+    """Graph networks: Gamma for layers with weights, from `gamma` at the first down to 0 at the last. Schnake et al. 2022.
+
+    `layers` selects the layers with weights. By default these are convolutions and products with a matrix on the right,
+    `h @ w`; an adjacency matrix stands on the left, `a @ h`, and shares in proportion.
+    """
+
+    def multiplies_features(layer):
+        return "affine" in layer.kinds and (layer.primitive != "dot_general" or layer.frozen[0] is layer.core.inputs[1])
+
+    weights = where(multiplies_features, "weights") if layers is None else layers
+    return _composite((weights, Graded(lambda depth: Gamma(gamma * (1 - depth), epsilon))))

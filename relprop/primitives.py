@@ -57,6 +57,8 @@ PURE_RESHAPE = frozenset(
 )
 SCALES = frozenset({"mul", "div", "neg"})
 SHIFTS = frozenset({"add", "sub", "add_any"})
+# Functions with a backward pass of their own around a kernel that cannot be read; see `jaxprs`.
+KERNELS = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
 CALLS = frozenset({"scan", "while", "cond", "shard_map"}) | REMAT
 
 # Outputs without a tangent: whatever they depend on, no relevance flows through them.
@@ -90,4 +92,4 @@ REFUSED = {
     ),
     **dict.fromkeys("call_hi_primitive linear_call remat_opt stage".split(), _INTERNAL),
 }
-KNOWN = ELEMENTWISE | frozenset(MIXING) | STRUCTURAL | SOLVES | PRODUCTS | CALLS | DISCRETE | frozenset(REFUSED)
+KNOWN = ELEMENTWISE | frozenset(MIXING) | STRUCTURAL | SOLVES | PRODUCTS | CALLS | KERNELS | DISCRETE | frozenset(REFUSED)

@@ -15,36 +15,36 @@ from .structure import Layer, Options, Plain
 
 
 def find_regions(flow, facts, taken, options: Options):
-    """Return the steps of all regions and the set of values that they produce or hold inside."""
-    sources = _sources(flow, taken, options)
+    """Return the steps of all regions, and the source of every value that they produce or hold inside."""
+    inside = sources(flow, taken, options)
     steps: dict[Value, Layer | Plain] = {}
     for eqn in flow.moving:
         for value in eqn.outputs:
-            if value in sources and value in flow.carries and _leaves(value, sources, flow, taken):
-                for layer, output in _split(value, sources, flow, facts):
+            if value in inside and value in flow.carries and _leaves(value, inside, flow, taken):
+                for layer, output in _split(value, inside, flow, facts):
                     steps.setdefault(output, layer)
-    return list(steps.values()), set(sources)
+    return list(steps.values()), inside
 
 
-def _sources(flow, taken, options: Options) -> dict[Value, Value]:
+def sources(flow, taken, options: Options) -> dict[Value, Value]:
     """The source of every value inside a region."""
-    sources: dict[Value, Value] = {}
+    found: dict[Value, Value] = {}
     for eqn in flow.program.equations:
         if eqn in taken or eqn.name not in prims.ELEMENTWISE or eqn.name in options.registered:
             continue
         out = eqn.outputs[0]
         if out not in flow.dependent:
             continue
-        live = {sources.get(v, v) for v in eqn.inputs if v in flow.live}
+        live = {found.get(v, v) for v in eqn.inputs if v in flow.live}
         if not live and out not in flow.live:  # a comparison of dependent values, the sign of one ...
-            live = {sources.get(v, v) for v in eqn.inputs if v in flow.dependent}
+            live = {found.get(v, v) for v in eqn.inputs if v in flow.dependent}
         if len(live) != 1:
             continue
         (source,) = live
         real = source.carries_relevance and source.dtype.kind != "c" and out.aval.dtype.kind != "c"
         if real and source.shape == out.shape:
-            sources[out] = source
-    return sources
+            found[out] = source
+    return found
 
 
 def _leaves(value: Value, sources, flow, taken) -> bool:

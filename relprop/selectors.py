@@ -11,9 +11,7 @@ from typing import Any
 
 from . import primitives as prims
 from .errors import ArgumentError
-from .structure import Layer
-
-KINDS = frozenset("affine dense conv scale activation product norm softmax max_pool sum_pool add".split())
+from .structure import KINDS, Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +57,8 @@ def where(predicate: Callable[[Layer], bool], text: str | None = None) -> Select
 
 
 def kind(name: str) -> Selector:
-    """Layers of a kind: affine (dense, conv and other), dense, conv, scale, activation, product, norm, softmax, max_pool,
-    sum_pool or add.
+    """Layers of a kind: affine (dense, conv and other), dense, conv, scale, activation, product (gates too), gate, attention
+    (fused kernels), norm, softmax, max_pool, sum_pool or add.
 
     Raises:
         ArgumentError: for any other name.

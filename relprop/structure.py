@@ -6,18 +6,24 @@ from typing import Any
 from .jaxprs import Equation, Program, Value
 
 AFFINE_KINDS = ("dense", "conv", "affine")
+KINDS = (*AFFINE_KINDS, *"scale activation product gate attention norm softmax max_pool sum_pool add".split())
+_WIDER = {**dict.fromkeys(AFFINE_KINDS, ("affine",)), "gate": ("product",)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """A place that takes a rule: a group of equations with live inputs and one output.
 
-    `kind` is one of dense, conv, affine, scale, activation, product, norm, softmax, max_pool, sum_pool, add. `core` is the
-    equation that names it; an affine layer also has the equations of its chain before (`pre`) and after (`post`) the core.
-    `foldable` says whether the factor after the core can be folded into the weight, `shift_dims` along which dimensions of
-    the core's operand the shift before it varies. `live` are the inputs that carry relevance, in the order in which a rule
-    receives them, `degrees` how often each is a factor of a product; `frozen` are operands that stay constant: the weight of
-    an affine layer, the statistic of a norm.
+    `kind` is one of dense, conv, affine, scale, activation, product, gate, attention, norm, softmax, max_pool, sum_pool,
+    add. `core` is the equation that names it; an affine layer also has the equations of its chain before (`pre`) and after
+    (`post`) the core. `foldable` says whether the factor after the core can be folded into the weight, `shift_dims` along
+    which dimensions of the core's operand the shift before it varies. `live` are the inputs that carry relevance, in the
+    order in which a rule receives them, `degrees` how often each is a factor of a product and `roles` what it is there
+    ("gate", "modulator", "activated" or "signal"; in a residual sum "skip" or "branch"; see `relprop.products`). `frozen`
+    are operands that stay constant: the weight of an affine layer, the statistic of a norm. `joint` are the equations from
+    the input of a norm to its output, where the statistic is one of that input alone. Where several affine layers are summed
+    into one preactivation (`x W + h U + b` of a recurrent cell), `preactivation` is "total" for the last layer of the sum,
+    "part" for the others.
     """
 
     kind: str
@@ -33,6 +39,9 @@ class Layer:
     shift_dims: frozenset[int] = frozenset()
     foldable: bool = True
     degrees: tuple[int, ...] = ()
+    roles: tuple[str, ...] = ()
+    joint: tuple[Equation, ...] = ()
+    preactivation: str = ""
     index: int = -1
     section: str = ""
 
@@ -53,7 +62,7 @@ class Layer:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The names under which selectors find this layer."""
-        return (self.kind, "affine") if self.kind in AFFINE_KINDS else (self.kind,)
+        return (self.kind, *_WIDER.get(self.kind, ()))
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -4,6 +4,8 @@ Nothing here uses `stop_gradient` or `custom_vjp`: a ratio is constant only in t
 relevance, and derivatives *of* an explanation see its true dependence on inputs and parameters.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +53,21 @@ def from_relative(value: jax.Array, relative: jax.Array) -> jax.Array:
 def _from_relative_jvp(primals, tangents):
     value = primals[0]
     return value, (widen(value) * tangents[1].astype(wide_dtype(value))).astype(value.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def held(f: Callable[[Any, Any], jax.Array], constant: Any, x: Any) -> jax.Array:
+    """Return `f(constant, x)`, whose tangent is that in `x` alone.
+
+    `f` must be a function of its two arguments only. What is held constant costs nothing in the pass backwards.
+    """
+    return f(constant, x)
+
+
+@held.defjvp
+def _held_jvp(f, primals, tangents):
+    constant, x = primals
+    return jax.jvp(lambda moving: f(constant, moving), (x,), (tangents[1],))
 
 
 def wide_dtype(z: jax.Array) -> Any:

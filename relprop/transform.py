@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .arguments import Leaves, flatten, is_array, seeds
+from .arguments import Leaves, flatten, is_array, seeds, with_companions
 from .composite import as_composite
 from .errors import ArgumentError, NonFiniteRelevanceWarning, TargetError
 from .interpreter import Interpreter
@@ -96,6 +96,8 @@ def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=
         raise TargetError(
             f"The function returns {given}: there is no floating-point output whose relevance could be explained."
         )
+    if leaves.integers:
+        program, leaves = with_companions(program, leaves)
     options = Options(fallback, REGISTERED)
     live = [i in leaves.data for i in range(len(leaves.arrays))]
     origins = {v: name for v, name, on in zip(program.inputs, leaves.names, live, strict=True) if not on}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
+from ..structure import KINDS
 from ..surrogate import quotient, scale_tangent, secant, with_tangent
 from .affine import positive
 from .base import Rule
@@ -53,20 +54,26 @@ class Pass(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Stop(Rule):
+    """No relevance passes: the layer keeps all that reaches it. At a softmax it is a part of CP-LRP (Ali et al. 2022).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, relprop as rp
+        >>> rp.explain(jax.nn.softmax, {"softmax": rp.Stop()})(jnp.array([1.0, 2.0])).tolist()
+        [0.0, 0.0]
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+
+    def __call__(self, layer, x, z):
+        return jnp.zeros_like(z)
+
+
+@dataclasses.dataclass(frozen=True)
 class Gradient(Rule):
     """The plain derivative, `c_in = J^T c`: the default of max pooling (winner takes all) and softmax (AttnLRP)."""
 
-    kinds: ClassVar[tuple[str, ...]] = (
-        "affine",
-        "scale",
-        "activation",
-        "product",
-        "norm",
-        "softmax",
-        "max_pool",
-        "sum_pool",
-        "add",
-    )
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     selects: ClassVar[bool] = True
 
     def __call__(self, layer, x, z):

@@ -108,6 +108,27 @@ class RelevanceRule(Rule):
         return propagate(r, x, z, operands)
 
 
+@dataclasses.dataclass(frozen=True)
+class Graded(Rule):
+    """A rule that changes over depth: `make(depth)` is the rule at a layer, with a depth from 0 to 1.
+
+    The first layer in order of execution that the selector matches has depth 0, the last one 1 (the only one has 0).
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> fn = lambda x: jnp.tanh(x @ jnp.ones((2, 3))) @ jnp.ones((3, 1))
+        >>> rules = {"affine": rp.Graded(lambda depth: rp.Gamma(3.0 * (1 - depth)))}
+        >>> [entry.rule.gamma for entry in rp.plan(fn, rules)(jnp.ones(2)) if entry.layer.kind == "dense"]
+        [3.0, 0.0]
+    """
+
+    make: Callable[[float], Any]
+
+    def at(self, rank: int, count: int) -> Rule:
+        """The rule of the layer with the given rank among `count` layers."""
+        return as_rule(self.make(rank / max(count - 1, 1)))
+
+
 def as_rule(rule: Any) -> Rule:
     """A rule as it is, a function of (layer, x, z, R) as a `RelevanceRule`, anything else refused."""
     if isinstance(rule, Rule):

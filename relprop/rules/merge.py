@@ -1,7 +1,6 @@
-"""Rules of places where values meet: residual adds, pools, products, norms."""
+"""Rules of places where values are added or pooled."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -99,43 +98,3 @@ class ProportionalPool(Rule):
                 params["window_dilation"],
             )
         return scale_tangent(total, quotient(z, stabilize(widen(total), self.epsilon)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Uniform(Rule):
-    """A product of n live factors hands 1/n of its relevance to each. AttnLRP (Achtibat et al. 2024), prop. 3.2.
-
-    A factor that is a power of something counts as often as that is in it, so that `x * x * y` is `x * y * x`.
-    """
-
-    kinds: ClassVar[tuple[str, ...]] = ("product",)
-
-    def __call__(self, layer, x, z):
-        core = layer.info.core
-        if core.name == "mul":
-            total = sum(layer.info.degrees)
-            shares = [degree / total for degree in layer.info.degrees]
-            return layer.evaluate(*(scale_tangent(v, widen(jnp.full_like(v, s))) for v, s in zip(x, shares, strict=True)))
-        if core.name == "cumprod":
-            axis, length = core.params["axis"], z.shape[core.params["axis"]]
-            count = lax.broadcasted_iota(z.dtype, z.shape, axis) + 1
-            if core.params["reverse"]:
-                count = length + 1 - count
-        elif core.name == "reduce_prod":
-            count = jnp.full_like(z, math.prod(layer.info.live[0].shape[d] for d in core.params["axes"]))
-        else:
-            count = jnp.full_like(z, len(layer.info.live))
-        return scale_tangent(z, 1 / widen(count))
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen(Rule):
-    """A norm `x / s` or `x * s` whose statistic `s` is held constant: `c_in = c / s` or `c s`. Ali et al. 2022 (LN-rule)."""
-
-    kinds: ClassVar[tuple[str, ...]] = ("norm",)
-
-    def __call__(self, layer, x, z):
-        statistic = layer.frozen()
-        if layer.info.core.name == "div":
-            return scale_tangent(jnp.broadcast_to(x, z.shape), 1 / widen(jnp.broadcast_to(statistic, z.shape)))
-        return scale_tangent(jnp.broadcast_to(x, z.shape), widen(jnp.broadcast_to(statistic, z.shape)))
