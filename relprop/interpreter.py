@@ -24,7 +24,7 @@ class Interpreter:
     """Evaluates sections under one assignment of rules.
 
     `rules` maps layer indices to rules, `needed` holds the values whose relative tangents are needed, `registered` maps
-    primitive names to linearisations. `taps` is the hook for ledgers: `taps.into(place, arrays)` and `taps.out(place, arrays)`
+    primitive names to linearisations. `taps` is the hook for ledgers: `taps.into(place, arrays)`, `taps.out(place, arrays)`
     see what relevance passes, in and out of every layer and every plain equation, and may change it (an identity with a
     tangent of its own).
     """

@@ -20,6 +20,7 @@ _POWERS = frozenset(
 )
 _ROOTS = frozenset({"rsqrt", "sqrt", "cbrt", "pow"})
 _SUMS = prims.SUM_POOL | frozenset({"scatter-add", "scatter_add", "cumsum", "psum", "psum_invariant"})
+_MIXES = frozenset(prims.MIXING) | frozenset("concatenate dynamic_slice gather pad slice".split())
 _MAXIMA = prims.MAX_POOL | frozenset({"scatter-max", "scatter_max", "cummax", "pmax"})
 
 
@@ -226,21 +227,27 @@ class _Finder:
         return passed and value is of
 
     def _is_statistic(self, value: Value) -> bool:
-        """Whether `value` is a root or the reciprocal of something that was summed: a norm's statistic, not a signal."""
-        pending, seen = [(value, False)], set()
+        """Whether `value` is a root or the reciprocal of a sum or maximum: a norm's statistic, not a signal.
+
+        A sum may also be written as slices that are added, or as a product with a constant matrix, of even powers.
+        """
+        pending, seen = [(value, False, False)], set()
         while pending:
-            current, rooted = pending.pop()
+            current, rooted, mixed = pending.pop()
             eqn = self.facts.producer.get(current)
-            if eqn is None or (eqn, rooted) in seen:
+            if eqn is None or (eqn, rooted, mixed) in seen:
                 continue
-            seen.add((eqn, rooted))
+            seen.add((eqn, rooted, mixed))
             live = self.flow.live_operands(eqn)
-            if rooted and (eqn.name in _SUMS | prims.MAX_POOL or (eqn.name in prims.MIXING and len(live) == 2)):
+            summed = eqn.name in _SUMS | prims.MAX_POOL or (eqn.name in prims.MIXING and len(live) == 2)
+            if rooted and (summed or (mixed and _is_even(eqn))):
                 return True
             if eqn.name in _POWERS | prims.PURE_RESHAPE:
                 reciprocal = eqn.name == "div" and eqn.inputs[0] not in self.flow.dependent
                 reciprocal |= eqn.name == "integer_pow" and eqn.params["y"] < 0
-                pending.extend((v, rooted or reciprocal or eqn.name in _ROOTS) for v in live)
+                pending.extend((v, rooted or reciprocal or eqn.name in _ROOTS, mixed) for v in live)
+            elif rooted and eqn.name in _MIXES:
+                pending.extend((v, rooted, True) for v in live)
         return False
 
     def _between(self, sources: tuple[Value, ...], core: Equation) -> tuple[Equation, ...]:
@@ -275,3 +282,8 @@ class _Finder:
                 return ()
             pending.extend(eqn.inputs)
         return self._between((signal,), core)
+
+
+def _is_even(eqn: Equation) -> bool:
+    even = eqn.name == "integer_pow" and eqn.params["y"] % 2 == 0
+    return even or eqn.name in ("abs", "square") or (eqn.name == "mul" and eqn.inputs[0] is eqn.inputs[1])
