@@ -56,7 +56,8 @@ class Ranges:
         if name in _KEEPS:
             # Multi-operand forms (sort, psum ...) keep operands apart; the others read indices beside one operand.
             kept = output if len(inputs) == len(eqn.outputs) else 0
-            return given[kept] if inputs[kept].dtype == eqn.outputs[output].dtype else UNBOUNDED
+            moved = inputs[kept].dtype == eqn.outputs[output].dtype  # the second output of top_k is indices
+            return given[kept] if moved or name == "convert_element_type" else UNBOUNDED
         return UNBOUNDED
 
     def _is_share(self, part: Value, total: Value) -> bool:

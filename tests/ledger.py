@@ -45,8 +45,8 @@ class Taps:
         if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
             return array
         # An infinite element (a mask) has no relevance, and infinity times its coefficient 0 is none either.
-        scaled = array * one.astype(array.dtype)
-        return scaled if jnp.ndim(array) == 0 else jnp.where(jnp.isfinite(array), scaled, array)
+        finite = jnp.isfinite(array)
+        return jnp.where(finite, jnp.where(finite, array, jnp.zeros_like(array)) * one.astype(array.dtype), array)
 
 
 def places(section):

@@ -31,9 +31,9 @@ CASES = {
         r"parameters=0 must be among the explained arguments",
     ),
     "an integer input": (
-        lambda: rp.explain(dense, None)(W, X.astype(int)),
+        lambda: rp.explain(lambda w, x: dense(w, x.astype(jnp.float64)), None)(W, X.astype(int)),
         rp.NotDifferentiableError,
-        r"'x' is int64\[4, 3\].*Cast it to a float.*embeddings",
+        r"'x' is int64\[4, 3\], and selects no rows of an embedding.*Cast it to a float.*argnums",
     ),
     "a Python number that is no float": (
         lambda: rp.explain(lambda x: 2.0 * x, None)(3),

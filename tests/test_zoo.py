@@ -37,6 +37,13 @@ TOLERANCE = 1e-10  # in float64
 # Most of the time would be spent on optimising programs that run for microseconds. Level 0 would halve it once more, but
 # there XLA's CPU backend gives NaN for `instance_norm_nnx`, where level 1, the default and single operations do not.
 COMPILER = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+# Left to `pytest -m slow`: the ones that take longest and whose mechanisms others have, too.
+HEAVY = set(
+    "stacked_lstm_linen bidirectional_linen conv_lstm_linen lstm_nnx lstm_equinox gru_equinox lstm_with_masked_steps "
+    "mamba_by_associative_scan transformer_bfloat16 vision_transformer token_classifier_linen token_classifier_one_hot "
+    "causal_decoder_linen multi_query_attention grouped_query_attention attention_is_causal attention_with_mask "
+    "rotary_positions relative_position_bias kernel_attention unet_bilinear".split()
+)
 # Explained without jit in a plain run. Operation by operation, each is compiled on its own.
 EAGER = ["mlp", "lstm_by_hand"]
 
@@ -192,7 +199,12 @@ def assert_closes(ends, lines, relevance, tolerance, message):
     np.testing.assert_allclose(at_input + absorbed.sum(), at_output, rtol=0, atol=scale, err_msg=f"{message}: ledger")
 
 
-@pytest.mark.parametrize("name", ZOO)
+def models(fast):
+    """Parameters for every model of the zoo; those that are not `fast` are marked slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+
+
+@pytest.mark.parametrize("name", models(ZOO.keys() - HEAVY))
 def test_model(name, promotion):
     s = subject(name)
     plan = rp.plan(s.fn, s.families["by kind"], target=s.target)(s.params, s.x)
@@ -210,7 +222,7 @@ def test_model_under_every_family(name, promotion):
     check(s, s.families, s.families, s.families, [])
 
 
-@pytest.mark.parametrize("name", [name if name in EAGER else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
+@pytest.mark.parametrize("name", models(EAGER))
 def test_jit_changes_nothing(name, promotion):
     s = subject(name)
     explain = s.explain(s.families["by kind"])
@@ -236,7 +248,6 @@ TWINS = [
     ("encoder_by_hand", "hand_written_softmax"),
     ("encoder_by_hand", "heads_by_vmap"),
     ("causal_decoder", "attention_is_causal"),
-    ("token_classifier_gather", "token_classifier_one_hot"),
 ]
 
 
@@ -250,6 +261,13 @@ def test_relevance_does_not_depend_on_how_a_model_is_written(one, other, default
 
     for family, (a, b) in both(one.params, one.x).items():
         assert_close(a, b, max(one.tolerance, other.tolerance), family)
+
+
+def test_relevance_of_tokens_does_not_depend_on_how_they_are_embedded(default_promotion):
+    """Under rules without a stabiliser: the product with one-hot rows is an affine layer, the gather is not."""
+    gather, one_hot = subject("token_classifier_gather"), subject("token_classifier_one_hot")
+    a, b = (jax.jit(s.explain(None), compiler_options=COMPILER)(gather.params, gather.x) for s in (gather, one_hot))
+    assert_close(a, b, TOLERANCE, "embedding")
 
 
 def test_the_zoo_covers_every_library_and_kind_of_layer():
