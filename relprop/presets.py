@@ -89,12 +89,13 @@ def lstm(epsilon=1e-3, accumulator=0.0) -> Composite:
     Epsilon for layers with weights; `x W + h U + b` of a cell is one such layer, however it is written. `accumulator` is
     the stabiliser of other sums, `f c + i g`: 0 shares in exact proportion, Arras' code has `epsilon` there, too.
     """
+    exact = isinstance(accumulator, int | float) and accumulator == 0  # it may be a tracer
     parts = where(lambda layer: layer.preactivation == "part", "parts of preactivations")
     totals = where(lambda layer: layer.preactivation == "total", "preactivations")
     return _composite(
         (parts, Zero()),
         (totals & kind("add"), Norm(epsilon)),
-        ("add", Norm(accumulator) if accumulator else Zero()),
+        ("add", Zero() if exact else Norm(accumulator)),
         (kind("affine") | totals, Epsilon(epsilon)),
         ("gate", SignalTakeAll()),
     )

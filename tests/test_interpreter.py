@@ -255,9 +255,20 @@ def test_relative_rules_work_inside_of_remat_and_cond():
     same(under_nested_calls, unrolled, (W, B), X, rules=two)
 
 
-def test_a_relative_rule_in_a_loop_is_refused():
-    with pytest.raises(rp.NotDifferentiableError, match=r"Flat.*scan loop at .*test_interpreter.py.*unroll"):
-        rp.explain(as_scan_over_layers, rp.Flat())((W, B), X)
+@pytest.mark.parametrize("rule", [rp.Flat(), rp.WSquare(), rp.Epsilon(1e-3, bias="distribute")], ids=str)
+def test_relative_rules_pass_through_loops(rule):
+    same(as_scan_over_layers, unrolled, (W, B), X, rules=rule)
+    params = (W[0], W[1], B[0])
+    same(recurrent, recurrent_unrolled, params, INPUTS, rules=rule)
+    same(recurrent, recurrent_unrolled, params, INPUTS, rules=rule, target=lambda out: out[1][1])
+
+
+def test_a_relative_rule_above_a_loop_needs_the_loop_to_carry_it():
+    def above(run):
+        return lambda params, inputs: run(params, inputs)[1].sum(0) @ W[2]
+
+    rules = [(rp.last("dense"), rp.Flat()), ("dense", rp.Epsilon())]
+    same(above(recurrent), above(recurrent_unrolled), (W[0], W[1], B[0]), INPUTS, rules=rules)
 
 
 def test_effects_are_kept():

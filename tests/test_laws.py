@@ -362,9 +362,7 @@ def test_network_may_be_written_as(variant, name):
     if variant is split and name in ("flat", "zbox"):
         pytest.skip("the first affine layer is then that of the first part alone")
     if variant is scanned and name in ("flat", "zbox"):
-        with pytest.raises(rp.NotDifferentiableError, match="unroll the loop"):
-            rp.explain(variant, RULES[name])((KERNELS, BIASES), VECTORS)
-        return
+        pytest.skip("the first affine layer is then every layer of the loop")
     assert_close(variant((KERNELS, BIASES), VECTORS), chain((KERNELS, BIASES), VECTORS), 1e-13)
     assert_close(rp.explain(variant, RULES[name])((KERNELS, BIASES), VECTORS), chain_relevance(name))
 
