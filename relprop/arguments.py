@@ -153,11 +153,11 @@ def with_companions(program: Program, leaves: Leaves) -> tuple[Program, Leaves]:
     floats = [v.dtype for v in program.outputs if v.carries_relevance]
     dtype = jnp.float64 if jnp.float64 in floats else jnp.float32
     count, used = len(leaves.arrays), set[int]()
-    follow = tokens.follow(program, leaves.integers, used)
+    follow = tokens.follow(program, leaves.integers, leaves.data, used)
     companions = [tokens.companion(leaves.arrays[i], dtype) for i in leaves.integers]
     program, _ = trace(lambda *arrays: follow(arrays[:count], arrays[count:]), *leaves.arrays, *companions)
     for i in leaves.integers:
-        if i not in used:
+        if i not in used and leaves.arrays[i].size > 0:
             array = leaves.arrays[i]
             given = f"{array.dtype}{list(array.shape)}, and selects no rows of an embedding"
             raise NotDifferentiableError(_no_relevance(leaves.names[i], given))

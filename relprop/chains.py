@@ -3,7 +3,7 @@
 import math
 
 from . import primitives as prims
-from .facts import dims_back, dims_forward
+from .axes import dims_back, dims_forward, weight_dims
 from .jaxprs import Equation, Value
 from .structure import Layer
 
@@ -89,8 +89,13 @@ def _is_nonlinear(eqn: Equation | None, flow) -> bool:
 
 
 def is_linear_here(eqn: Equation, flow) -> bool:
-    """Whether an elementwise equation is affine in its one live operand; others may depend on the input."""
+    """Whether an elementwise equation is affine in its one live operand; others may depend on the input.
+
+    A mask that knows nothing of the input is: what it drops, JAX's own VJP drops, even where its coefficient is NaN.
+    """
     live = flow.live_operands(eqn)
+    if eqn.name == "select_n" and len(live) == 1 and eqn.inputs[0] not in flow.dependent:
+        return eqn.outputs[0].shape == live[0].shape
     return len(live) == 1 and is_chain_link(eqn, live[0], flow, others_may_depend=True)
 
 
@@ -156,22 +161,3 @@ def _factor_dims(post, flow, facts) -> frozenset[int]:
         elif eqn.name in prims.SCALES:
             dims |= _free_dims(eqn, flow, facts)
     return dims
-
-
-def weight_dims(core: Equation, weight: Value) -> tuple[frozenset[int], list[tuple[int, int]]]:
-    """Which output dimensions of a mixing primitive belong to its weight: as a set, and as (output, weight) pairs."""
-    position = next(i for i, v in enumerate(core.inputs) if v is weight)
-    if core.name == "dot_general":
-        contract, batch = core.params["dimension_numbers"]
-        free = [
-            [d for d in range(v.ndim) if d not in contract[i] and d not in batch[i]] for i, v in enumerate(core.inputs[:2])
-        ]
-        first_free = len(batch[0]) + (len(free[0]) if position == 1 else 0)
-        pairs = [(out, d) for out, d in enumerate(batch[position])]
-        pairs += [(first_free + i, d) for i, d in enumerate(free[position])]
-    elif core.name == "conv_general_dilated" and position == 1 and core.params["batch_group_count"] == 1:
-        numbers = core.params["dimension_numbers"]
-        pairs = [(numbers.out_spec[1], numbers.rhs_spec[0])]
-    else:
-        pairs = []
-    return frozenset(out for out, _ in pairs), pairs

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import ArgumentError, UnusedSelectorWarning
-from .rules.base import Graded, Rule, as_rule
+from .rules.base import Rule, as_rule
 from .selectors import Selector, as_selector, kind
 from .structure import Layer
 
@@ -58,8 +58,7 @@ class Composite:
         for i, layer in enumerate(layers):
             hits = ((rule, hit) for (_, rule), hit in zip(self._pairs, table, strict=True) if hit[i])
             rule, hit = next(hits, (defaults[layer.kind], []))
-            if isinstance(rule, Graded):
-                rule = rule.at(sum(hit[:i]), sum(hit))
+            rule = rule.at(sum(hit[:i]), sum(hit))
             rule.check(layer)
             chosen.append(rule)
         return chosen
@@ -82,7 +81,7 @@ def short(rule: Rule) -> str:
     shown = []
     for field in fields:
         value = getattr(rule, field.name)
-        plain = isinstance(value, bool | int | float | str)
+        plain = isinstance(value, bool | int | float | str | tuple)
         if not (plain and value == field.default):
             name = getattr(value, "__name__", None) or (repr(value) if plain else type(value).__name__)
             shown.append(f"{field.name}={name}")

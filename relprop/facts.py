@@ -1,8 +1,9 @@
 """Static facts about the values of a program: where they come from, where they vary, how they are bounded."""
 
 from . import primitives as prims
+from .axes import dims_forward, proper
 from .flow import Flow
-from .jaxprs import Constant, Equation, Value
+from .jaxprs import Constant, Value
 from .ranges import Range, Ranges
 
 Outer = dict[Value, tuple[Value, "Facts"]]
@@ -16,12 +17,10 @@ class Facts:
 
         `outer` says for the inputs of a body which value outside they are, and the facts there.
         """
-        equations = flow.program.equations
         self.flow = flow
         self.outer = outer or {}
-        self.producer: dict[Value, Equation] = {v: eqn for eqn in equations for v in eqn.outputs}
-        self.known = known
-        self._equations = equations
+        self.producer = flow.producer
+        self._known = known
         self._origins: dict[Value, str | None] = dict(origins)
         self._literal: dict[Value, bool] = {}
         self._varying: dict[Value, frozenset[int]] = {}
@@ -65,13 +64,13 @@ class Facts:
             return dims_forward(eqn, self.varying(eqn.inputs[0]))
         if eqn is not None and eqn.name in prims.ELEMENTWISE:
             dims = [self.varying(v) for v in eqn.inputs if v.ndim == value.ndim]
-            return frozenset().union(*dims) & _proper(value.shape)
-        return _proper(value.shape)
+            return frozenset().union(*dims) & proper(value.shape)
+        return proper(value.shape)
 
     def range(self, value: Value) -> Range:
         """Bounds of the elements of `value`; see `relprop.ranges`."""
         if self._ranges is None:
-            self._ranges = Ranges(self._equations, self.known)
+            self._ranges = Ranges(self.flow.program.equations, self._known)
         return self._ranges.of(value)
 
     def is_nonnegative(self, value: Value) -> bool:
@@ -81,61 +80,4 @@ class Facts:
     def is_gate(self, value: Value) -> bool:
         """Whether `value` is squashed: no element can be below 0 or above 1."""
         low, high = self.range(value)
-        return low >= 0 and high <= 1
-
-
-def _proper(shape) -> frozenset[int]:
-    return frozenset(d for d, size in enumerate(shape) if size != 1)
-
-
-def dims_forward(eqn: Equation, dims: frozenset[int]) -> frozenset[int]:
-    """The dimensions of a pure reshape's output that correspond to `dims` of its input."""
-    source, target = eqn.inputs[0].shape, eqn.outputs[0].shape
-    if eqn.name == "transpose":
-        return frozenset(out for out, d in enumerate(eqn.params["permutation"]) if d in dims)
-    if eqn.name == "broadcast_in_dim":
-        moved = eqn.params["broadcast_dimensions"]
-        return frozenset(moved[d] for d in dims) & _proper(target)
-    if eqn.name in ("reshape", "squeeze", "expand_dims"):
-        return _through_reshape(source, target, dims)
-    return dims
-
-
-def dims_back(eqn: Equation, dims: frozenset[int]) -> frozenset[int]:
-    """The dimensions of a pure reshape's input that correspond to `dims` of its output."""
-    source, target = eqn.inputs[0].shape, eqn.outputs[0].shape
-    if eqn.name == "transpose":
-        return frozenset(eqn.params["permutation"][d] for d in dims)
-    if eqn.name == "broadcast_in_dim":
-        return frozenset(d for d, out in enumerate(eqn.params["broadcast_dimensions"]) if out in dims)
-    if eqn.name in ("reshape", "squeeze", "expand_dims"):
-        return _through_reshape(target, source, dims)
-    return dims
-
-
-def _through_reshape(source, target, dims) -> frozenset[int]:
-    """Follow dimensions through a reshape: blocks of dimensions with the same product belong together."""
-    if 0 in source:
-        return _proper(target)
-    found: set[int] = set()
-    i = j = 0
-    while i < len(source) or j < len(target):
-        block_i: list[int] = []
-        block_j: list[int] = []
-        size_i = size_j = 1
-        while True:
-            if size_i <= size_j and i < len(source) and (size_i < size_j or not block_i):
-                size_i *= source[i]
-                block_i.append(i)
-                i += 1
-            elif j < len(target) and (size_j < size_i or not block_j):
-                size_j *= target[j]
-                block_j.append(j)
-                j += 1
-            else:
-                break
-            if size_i == size_j and block_i and block_j:
-                break
-        if dims.intersection(block_i):
-            found.update(block_j)
-    return frozenset(found) & _proper(target)
+        return low >= 0 and high <= 1 + 1e-3  # a guard such as `+ 1e-9` does not open a gate

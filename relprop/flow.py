@@ -32,6 +32,7 @@ class Flow:
         self.dependent: set[Value] = {v for v, on in zip(program.inputs, dependent_inputs, strict=True) if on}
         self.dependent |= self.live
         self.position: dict[Equation, int] = {}
+        self.producer: dict[Value, Equation] = {v: eqn for eqn in program.equations for v in eqn.outputs}
         self.bodies: dict[Equation, list[Body]] = {}
         self._weighted: dict[Equation, bool] = {}
         for position, eqn in enumerate(program.equations):
@@ -76,7 +77,7 @@ class Flow:
         return [v for v in eqn.inputs if v in self.live]
 
     def has_weights(self, eqn: Equation) -> bool:
-        """Whether an equation mixes elements of its live operand by what is not: a layer with weights, or a call of one."""
+        """Whether an equation mixes elements of its one live operand with weights, or is a call of such a layer."""
         if eqn.name in prims.MIXING:
             return len(self.live_operands(eqn)) == 1
         if eqn not in self._weighted:

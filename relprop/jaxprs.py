@@ -32,7 +32,10 @@ _OPENED = {
 }
 REMAT = frozenset({"remat2", "remat", "checkpoint"})
 # Kernels that cannot be read. A function with a backward pass of its own stays closed around them.
-_KERNELS = frozenset("dot_product_attention_fwd_wrapper ffi_call pallas_call pure_callback tpu_custom_call".split())
+_KERNELS = frozenset(
+    "dot_product_attention_fp8_fwd_wrapper dot_product_attention_fwd_wrapper ffi_call pallas_call pure_callback "
+    "tpu_custom_call".split()
+)
 # Frames in these folders are not the user's own.
 _LIBRARIES = (
     os.path.dirname(os.path.abspath(__file__)) + os.sep,

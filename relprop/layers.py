@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import primitives as prims
-from .chains import weight_dims
+from .axes import weight_dims
 from .jaxprs import Constant, Equation, Value, read
 from .structure import Layer
 
@@ -38,6 +38,14 @@ class LayerView:
 
     def evaluate(self, *inputs: jax.Array) -> jax.Array:
         """The layer's own equations at `inputs`."""
+        if len(self.info.equations) == 1:  # by position: one value may be two operands
+            (eqn,) = self.info.equations
+            live = set(self.info.live)
+            places = [i for i, v in enumerate(eqn.inputs) if v in live]
+            if [eqn.inputs[i] for i in places] == list(self.info.live):
+                given = dict(zip(places, inputs, strict=True))
+                operands = [given[i] if i in given else read(self._env, v) for i, v in enumerate(eqn.inputs)]
+                return eqn.evaluate(*operands)[eqn.outputs.index(self.info.output)]
         start = dict(zip(self.info.live, inputs, strict=True))
         return run(self.info.equations, self._env, start)[self.info.output]
 

@@ -14,32 +14,40 @@ _PARTS = frozenset("slice split dynamic_slice gather unstack".split())
 
 
 def is_product(eqn: Equation, flow: Flow) -> bool:
-    """Whether an equation multiplies two live values: element by element, or as matrices."""
-    return (eqn.name == "mul" or eqn.name in prims.MIXING) and len(flow.live_operands(eqn)) == 2
+    """Whether an equation multiplies or divides live values: element by element, or as matrices."""
+    return eqn.name in {"mul", "div", *prims.MIXING} and len(flow.live_operands(eqn)) == 2
 
 
 def product_layer(eqn: Equation, flow: Flow, facts: Facts, regions: dict[Value, Value], taken: set[Equation]) -> Layer:
     """A tree of multiplications of live values as one n-ary product: pairwise splits would depend on association.
 
-    Numbers, signs, casts and reshapes between two multiplications do not end the tree. A product is a `gate` when some of
-    its factors are gates or modulators, and others are not.
+    Numbers, signs, casts and reshapes between two multiplications do not end the tree; a divisor has a negative degree. A
+    product is a `gate` when some of its factors are gates or modulators, and others are not.
     """
-    equations, factors = [eqn], []
-    pending = [v for v in eqn.inputs if v in flow.live]
+    equations: list[Equation] = [eqn]
+    found: list[tuple[Value, int]] = []
+    pending = _factors(eqn, 1, flow)
     while pending:
-        value = pending.pop(0)
+        value, sign = pending.pop(0)
         branch = _multiplication(value, flow, facts, regions, taken)
         if branch:
             equations.extend(branch)
-            pending = [v for v in branch[-1].inputs if v in flow.live] + pending
+            pending = _factors(branch[-1], sign, flow) + pending
         else:
-            factors.append(value)
+            found.append((value, sign * _power(value, flow, facts)[1]))
     equations.sort(key=flow.position.__getitem__)
-    degrees = tuple(_degree(value, flow, facts) for value in factors)
-    roles = Roles(flow, facts, regions).of(factors)
+    if len(equations) > 1:  # one that is a factor more than once counts as often
+        found = [(v, sum(d for u, d in found if u is v)) for v in dict.fromkeys(v for v, _ in found)]
+    factors, degrees = [v for v, _ in found], tuple(d for _, d in found)
+    roles = Roles(flow, facts, regions).of(factors, degrees)
     closed = [role in ("gate", "modulator") for role in roles]
     kind = "gate" if any(closed) and not all(closed) else "product"
     return Layer(kind, tuple(equations), tuple(factors), eqn.outputs[0], eqn, degrees=degrees, roles=roles)
+
+
+def _factors(eqn: Equation, sign: int, flow: Flow) -> list[tuple[Value, int]]:
+    signs = (sign, -sign) if eqn.name == "div" else (sign,) * len(eqn.inputs)
+    return [(v, s) for v, s in zip(eqn.inputs, signs, strict=True) if v in flow.live]
 
 
 def attention_layer(eqn: Equation, flow: Flow) -> Layer | None:
@@ -47,10 +55,14 @@ def attention_layer(eqn: Equation, flow: Flow) -> Layer | None:
     floats = [v for v in eqn.inputs[eqn.params.get("num_consts", 0) :] if v.carries_relevance and v.ndim >= 2]
     if len(floats) < 3 or not eqn.outputs[0].carries_relevance:
         return None
-    names = dict(zip(floats, ("query", "key", "value"), strict=False))
-    live = tuple(v for v in dict.fromkeys(eqn.inputs) if v in flow.live)
-    roles = tuple(names.get(v, "bias") for v in live)
-    return Layer("attention", (eqn,), live, eqn.outputs[0], eqn, roles=roles)
+    query, key, value = (v.shape for v in floats[:3])
+    if query[-1] != key[-1] or key[:-1] != value[:-1]:
+        return None
+    names = iter(("query", "key", "value"))
+    roles = [next(names, "bias") if v in floats else "bias" for v in eqn.inputs[eqn.params.get("num_consts", 0) :]]
+    roles = ["bias"] * (len(eqn.inputs) - len(roles)) + roles
+    live = [(v, role) for v, role in zip(eqn.inputs, roles, strict=True) if v in flow.live]
+    return Layer("attention", (eqn,), tuple(v for v, _ in live), eqn.outputs[0], eqn, roles=tuple(r for _, r in live))
 
 
 def _multiplication(value: Value, flow: Flow, facts: Facts, regions: dict[Value, Value], taken) -> list[Equation]:
@@ -67,25 +79,21 @@ def _multiplication(value: Value, flow: Flow, facts: Facts, regions: dict[Value,
     return []
 
 
-def _degree(value: Value, flow: Flow, facts: Facts) -> int:
-    """How many times the value under `value` is a factor: 3 for `x * x * x` and `x**3`."""
+def _power(value: Value, flow: Flow, facts: Facts) -> tuple[Value, int]:
+    """The value that `value` is a power of, and the exponent: `(x, 3)` for `x * x * x` and `x**3`."""
     eqn = facts.producer.get(value)
     if eqn is None or not flow.live_operands(eqn) or flow.sole_consumer(value) is None:
-        return 1
+        return value, 1
     if eqn.name == "mul" and all(v in flow.live for v in eqn.inputs):
-        bases = {_base(v, facts) for v in eqn.inputs}
-        return sum(_degree(v, flow, facts) for v in eqn.inputs) if len(bases) == 1 else 1
-    power = {"square": 2, "integer_pow": eqn.params.get("y", 1)}.get(eqn.name, 1)
-    return power if power > 1 else 1
-
-
-def _base(value: Value, facts: Facts) -> Value:
-    """The value that powers of it are made of."""
-    while (eqn := facts.producer.get(value)) is not None and eqn.name in ("mul", "square", "integer_pow"):
-        if eqn.name == "mul" and _base(eqn.inputs[0], facts) is not _base(eqn.inputs[1], facts):
-            return value
-        value = eqn.inputs[0]
-    return value
+        if eqn.inputs[0] is eqn.inputs[1]:
+            return eqn.inputs[0], 2
+        (a, m), (b, n) = (_power(v, flow, facts) if flow.sole_consumer(v) else (v, 1) for v in eqn.inputs)
+        return (a, m + n) if a is b else (value, 1)
+    exponent = {"square": 2, "integer_pow": eqn.params.get("y", 1)}.get(eqn.name, 1)
+    if exponent < 2:
+        return value, 1
+    base, n = _power(eqn.inputs[0], flow, facts)
+    return base, n * exponent
 
 
 class Roles:
@@ -105,9 +113,9 @@ class Roles:
         self.facts = facts
         self.regions = regions
 
-    def of(self, factors: list[Value]) -> tuple[str, ...]:
+    def of(self, factors: list[Value], degrees: tuple[int, ...]) -> tuple[str, ...]:
         """The role of each factor; where all of them would be closed, the weaker reason to close one does not count."""
-        roles = ["gate" if self.facts.is_gate(v) else "signal" for v in factors]
+        roles = ["gate" if self._is_gate(v, d) else "signal" for v, d in zip(factors, degrees, strict=True)]
         if "signal" not in roles:
             roles = ["signal"] * len(factors)
         for name, test in (("modulator", self.is_modulator), ("activated", self._is_activated)):
@@ -117,6 +125,9 @@ class Roles:
             ]
             roles = found if "signal" in found else roles
         return tuple(roles)
+
+    def _is_gate(self, value: Value, degree: int) -> bool:
+        return self.facts.is_gate(value) if degree >= 0 else self.facts.range(value)[0] >= 1
 
     def of_sum(self, summands: list[Value]) -> tuple[str, ...]:
         """`("skip", "branch")` in their order for a residual sum, else nothing."""

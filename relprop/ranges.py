@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from . import primitives as prims
+from .axes import dims_forward
 from .jaxprs import Constant, Equation, Value
 
 Range = tuple[float, float]
@@ -42,7 +43,10 @@ class Ranges:
 
     def _of_output(self, eqn: Equation, output: int) -> Range:
         name, inputs = eqn.name, eqn.inputs
-        if getattr(eqn.outputs[output].dtype, "kind", "") == "c" or not inputs:
+        if not inputs or any(0 in v.shape for v in inputs):  # a maximum of nothing is infinite
+            return UNBOUNDED
+        kind = getattr(eqn.outputs[output].dtype, "kind", "")
+        if kind == "c" or (kind in "iub" and name not in prims.SELECTION):  # integers wrap around
             return UNBOUNDED
         given = [self.of(v) for v in inputs]
         if name in _MONOTONE:
@@ -53,28 +57,40 @@ class Ranges:
             return UNIT if self._is_share(*inputs) else _divided(given)
         if name == "select_n":
             return _union(given[1:2] if self._asks_for_nan(inputs[0]) else given[1:])
-        if name in _KEEPS:
-            # Multi-operand forms (sort, psum ...) keep operands apart; the others read indices beside one operand.
-            kept = output if len(inputs) == len(eqn.outputs) else 0
-            moved = inputs[kept].dtype == eqn.outputs[output].dtype  # the second output of top_k is indices
-            return given[kept] if moved or name == "convert_element_type" else UNBOUNDED
+        if name == "convert_element_type":
+            cut = kind in "iub" and inputs[0].dtype.kind not in "iub"
+            return UNBOUNDED if cut or kind == "b" else given[0]
+        if name == "scatter":  # it may apply a function to what it updates
+            return UNBOUNDED
+        if name == "gather" and eqn.params.get("fill_value") is not None:
+            return _union([given[0], (float(eqn.params["fill_value"]),) * 2])
+        if name in prims.SELECTION or name == "stop_gradient":
+            if len(inputs) == len(eqn.outputs):  # forms with several operands (sort ...) keep them apart
+                return given[output]
+            if output > 0:  # the indices of top_k
+                return UNBOUNDED
+            moved = [r for v, r in zip(inputs, given, strict=True) if v.dtype == eqn.outputs[output].dtype]
+            return _union(moved) if moved else UNBOUNDED
         return UNBOUNDED
 
     def _is_share(self, part: Value, total: Value) -> bool:
-        """Whether `part / total` is a part of a sum of non-negative parts: `w / sum(w)`."""
+        """Whether `part / total` is a part of a sum of non-negative parts, `w / sum(w)`, with the sum along kept axes."""
         if self.of(part)[0] < 0:
             return False
-        while (eqn := self._producer.get(total)) is not None:
-            if eqn.name == "reduce_sum":
-                source = self._producer.get(part)
-                same = source is not None and source.name in prims.PURE_RESHAPE and source.inputs[0] is eqn.inputs[0]
-                return eqn.inputs[0] is part or same
+        path: list[Equation] = []
+        while (eqn := self._producer.get(total)) is not None and eqn.name != "reduce_sum":
             rest = [v for v in eqn.inputs if not isinstance(v, Constant)]
             grows = eqn.name in ("add", "max") and all(self.of(v)[0] >= 0 for v in eqn.inputs if isinstance(v, Constant))
             if len(rest) != 1 or (eqn.name not in prims.PURE_RESHAPE and not grows):
                 return False
+            path.insert(0, eqn)
             (total,) = rest
-        return False
+        if eqn is None or eqn.inputs[0] is not part:
+            return False
+        dims = [frozenset({d}) for d in range(part.ndim)]
+        for link in (eqn, *path):
+            dims = [dims_forward(link, d) for d in dims]
+        return all(not kept or kept == {d} for d, kept in enumerate(dims))
 
     def _asks_for_nan(self, predicate: Value) -> bool:
         """Whether `predicate` is `d != d`, true for NaN alone: what is selected then bounds no number."""
@@ -152,19 +168,18 @@ def _summed(eqn, given) -> Range:
     return (0.0 if low >= 0 else -math.inf), (0.0 if high <= 0 else math.inf)
 
 
-def _joined(eqn, given) -> Range:
-    floats = [r for v, r in zip(eqn.inputs, given, strict=True) if v.dtype == eqn.outputs[0].dtype]
-    return _union(floats)
-
-
 def _accumulated(eqn, given) -> Range:
-    low, high = _joined(eqn, given)
+    low, high = _union([r for v, r in zip(eqn.inputs, given, strict=True) if v.dtype == eqn.outputs[0].dtype])
     return (0.0 if low >= 0 else -math.inf), (0.0 if high <= 0 else math.inf)
 
 
 def _absolute(eqn, given) -> Range:
     low, high = given[0]
     return (0.0 if low <= 0 <= high else min(abs(low), abs(high))), max(abs(low), abs(high))
+
+
+def _whole(to_integer: Callable[[float], int], x: float) -> float:
+    return float(to_integer(x)) if math.isfinite(x) else x
 
 
 def _sigmoid(x: float) -> float:
@@ -186,9 +201,8 @@ _MONOTONE: dict[str, Callable[[float], float]] = {
     "sinh": math.sinh,
     "asinh": math.asinh,
     "sign": lambda x: float(np.sign(x)),
-    "floor": lambda x: math.floor(x) if math.isfinite(x) else x,
-    "ceil": lambda x: math.ceil(x) if math.isfinite(x) else x,
-    "round": lambda x: round(x) if math.isfinite(x) else x,
+    "floor": lambda x: _whole(math.floor, x),
+    "ceil": lambda x: _whole(math.ceil, x),
 }
 _COMBINED: dict[str, Callable[[Equation, list[Range]], Range]] = {
     "add": lambda eqn, given: _bound(given[0][0] + given[1][0], given[0][1] + given[1][1]),
@@ -198,11 +212,15 @@ _COMBINED: dict[str, Callable[[Equation, list[Range]], Range]] = {
     "mul": _multiplied,
     "max": lambda eqn, given: (max(given[0][0], given[1][0]), max(given[0][1], given[1][1])),
     "min": lambda eqn, given: (min(given[0][0], given[1][0]), min(given[0][1], given[1][1])),
-    "clamp": lambda eqn, given: _within(given[1], (given[0][0], given[2][1])),
+    "clamp": lambda eqn, given: (
+        min(max(given[1][0], given[0][0]), given[2][0]),
+        min(max(given[1][1], given[0][1]), given[2][1]),
+    ),
     "abs": _absolute,
     "square": _powered,
     "integer_pow": _powered,
     "pow": _real_power,
+    "round": lambda eqn, given: (_whole(math.ceil, given[0][0] - 0.5), _whole(math.floor, given[0][1] + 0.5)),
     "rsqrt": lambda eqn, given: _NONNEGATIVE,
     "cosh": lambda eqn, given: (1.0, math.inf),
     "erfc": lambda eqn, given: (0.0, 2.0),
@@ -210,18 +228,9 @@ _COMBINED: dict[str, Callable[[Equation, list[Range]], Range]] = {
     "cos": lambda eqn, given: (-1.0, 1.0),
     **dict.fromkeys((*prims.MIXING, "reduce_sum", "reduce_window_sum", "cumsum", "psum", "psum_invariant"), _summed),
     **dict.fromkeys(("scatter-add", "scatter_add"), _accumulated),
-    **dict.fromkeys(("concatenate", "pad", "dynamic_update_slice", "scatter"), _joined),
     # A product of anything between 0 and 1 stays there.
     **dict.fromkeys(
         ("cumprod", "reduce_prod"),
         lambda eqn, given: UNIT if given[0][0] >= 0 and given[0][1] <= 1 else (*_summed(eqn, given)[:1], math.inf),
     ),
 }
-_KEEPS = (
-    prims.PURE_RESHAPE
-    | prims.MAX_POOL
-    | frozenset(
-        "slice dynamic_slice split gather reduce_min reduce_window_min cummax cummin name stop_gradient pvary sort "
-        "sharding_constraint reduce_precision optimization_barrier top_k select_and_gather_add".split()
-    )
-)

@@ -9,10 +9,10 @@ from .errors import NotDifferentiableError, UnknownPrimitiveError
 from .facts import Facts, Outer
 from .flow import Flow
 from .jaxprs import REMAT, Equation, Program, Value, scan_groups
-from .normalisers import find_normalisers, reads_of
+from .normalisers import find_normalisers
 from .preactivations import preactivations
 from .products import Roles, attention_layer, is_product, product_layer
-from .ranges import UNIT, Range
+from .ranges import Range
 from .regions import find_regions
 from .structure import Call, Layer, Options, Plain, Section
 
@@ -36,12 +36,11 @@ def recognise(
     Layers have no index yet (see `number`).
     """
     flow = Flow(program, live, live if dependent is None else dependent, targets)
-    facts = Facts(flow, origins, dict(known or {}), outer)
     steps: dict[int, list] = defaultdict(list)  # by the position of the equation that completes a step
-    normalisers = find_normalisers(flow, facts, options)
-    flow.reroute(reads_of(normalisers, facts))
-    facts.known.update((layer.output, UNIT) for layer in normalisers if layer.kind == "softmax" and layer.core.name != "log")
-    cores = {facts.producer[layer.output]: layer for layer in normalisers}
+    normalisers, bounds = find_normalisers(flow, options)
+    cores = {flow.producer[layer.output]: layer for layer in normalisers}
+    flow.reroute({eqn: layer.live for eqn, layer in cores.items()})
+    facts = Facts(flow, origins, {**(known or {}), **bounds}, outer)
     taken: set[Equation] = set()
     for eqn in flow.moving:
         if eqn in cores:
@@ -72,7 +71,7 @@ def recognise(
                 step = dataclasses.replace(step, roles=Roles(flow, facts, inside).of_sum(list(step.live)))
         steps[flow.position[eqn]].append(step)
     in_order = [step for position in sorted(steps) for step in steps[position]]
-    sums = preactivations(in_order)
+    sums = preactivations(in_order, flow.exits)
     ordered = [
         dataclasses.replace(step, section=section, preactivation=sums.get(step, "")) if isinstance(step, Layer) else step
         for step in in_order

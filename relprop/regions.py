@@ -103,7 +103,7 @@ def _runs(blocks, flow, facts):
     runs: list[tuple[bool, list[Equation]]] = []
     for affine, group in itertools.groupby(blocks, lambda block: len(block) == 1 and is_linear_here(block[0], flow)):
         equations = [e for block in group for e in block]
-        marks = [i for i, e in enumerate(equations) if affine and parametric(e, flow, facts)]
+        marks = [i for i, e in enumerate(equations) if affine and e.name != "select_n" and parametric(e, flow, facts)]
         start, stop = (marks[0], marks[-1] + 1) if marks else (0, 0)
         for is_scale, part in (
             (False, equations[:start]),

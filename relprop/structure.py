@@ -7,6 +7,7 @@ from .jaxprs import Equation, Program, Value
 
 AFFINE_KINDS = ("dense", "conv", "affine")
 KINDS = (*AFFINE_KINDS, *"scale activation product gate attention norm softmax max_pool sum_pool add".split())
+ROLES = ("gate", "modulator", "activated", "signal")
 _WIDER = {**dict.fromkeys(AFFINE_KINDS, ("affine",)), "gate": ("product",)}
 
 

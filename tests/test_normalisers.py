@@ -99,6 +99,29 @@ def test_masks_take_and_give_nothing(fill):
         assert (found[~MASK] == 0).all()
 
 
+def test_a_row_that_is_masked_altogether_takes_nothing():
+    c, rows = jax.random.normal(KEYS[1], X.shape), jnp.array([[True], [True], [False]])
+
+    def fn(u):
+        weights = jax.nn.softmax(jnp.where(MASK & rows, u, -jnp.inf))
+        return c * jnp.where(rows, weights, 0.0)
+
+    found = rp.explain(fn, None)(X)
+    assert (found[2] == 0).all()
+    alone = lambda u: c[:2] * jax.nn.softmax(jnp.where(MASK[:2], u, -jnp.inf))  # noqa: E731
+    np.testing.assert_allclose(found[:2], rp.explain(alone, None)(X[:2]), atol=1e-12)
+
+
+def test_softmax_of_the_same_half_only():
+    """Two halves of one array: the sum of the second is no normaliser of the first."""
+
+    def fn(x):
+        first, second = jnp.split(x, 2)
+        return jnp.exp(first) / jnp.exp(second).sum()
+
+    assert "softmax" not in kinds(fn, X[0][:4])
+
+
 def test_softmax_over_segments():
     """Attention over the edges of a graph: maxima and sums by scatter, gathered back."""
     segments, c = jnp.array([0, 0, 1, 2, 1]), jax.random.normal(KEYS[1], (5,))

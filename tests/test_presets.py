@@ -48,6 +48,14 @@ def test_a_difference_of_two_classes_is_no_preactivation():
     assert [type(e.rule).__name__ for e in found] == ["Epsilon", "Zero"]
 
 
+def test_a_layer_that_something_else_reads_too_is_no_part_of_a_preactivation():
+    def fn(x):
+        h = x @ W
+        return h + jnp.tanh(h) @ U
+
+    assert placed(fn, rp.presets.lstm(), X)[0] == ("dense", "Epsilon", "")
+
+
 def test_the_accumulator_is_stabilised_on_request():
     fn = lambda f, c, x: jax.nn.sigmoid(f) * c + jax.nn.sigmoid(f) * jnp.tanh(x)  # noqa: E731
     rules = [

@@ -99,11 +99,6 @@ def test_a_chosen_operand_is_held(hold):
     np.testing.assert_allclose(for_b, A * B, rtol=1e-12)
 
 
-def test_an_unknown_role_is_refused():
-    with pytest.raises(rp.RuleError, match="no role 'gates'"):
-        rp.explain(lambda a, b: a * b, {"product": rp.SignalTakeAll("gates")}, argnums=(0, 1))(A, B)
-
-
 def test_squeeze_and_excitation_takes_nothing_through_its_gate():
     def fn(w, x):  # (batch, positions, channels)
         squeezed = x.mean(1, keepdims=True)
@@ -145,6 +140,69 @@ def test_the_gradient_of_an_explanation_sees_held_factors_move():
     for i, j in ((0, 0), (2, 1)):
         step = jnp.zeros_like(W).at[i, j].set(h)
         np.testing.assert_allclose(slope[i, j], (score(W + step) - score(W - step)) / (2 * h), rtol=1e-5)
+
+
+def test_a_quotient_is_a_product_with_the_reciprocal():
+    forms = (lambda a, b: a / b, lambda a, b: a * (1 / b), lambda a, b: a * b**-1.0)
+    for fn in forms:
+        for relevance in rp.explain(fn, None, argnums=(0, 1))(A, B):
+            np.testing.assert_allclose(relevance, A / B / 2, rtol=1e-9)
+    by_division = rp.explain(lambda g, x: x / (1 + jnp.exp(-g)), TAKE_ALL, argnums=(0, 1))(A, B)
+    by_logistic = rp.explain(lambda g, x: x * jax.nn.sigmoid(g), TAKE_ALL, argnums=(0, 1))(A, B)
+    for a, b in zip(by_division, by_logistic, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_one_value_as_two_factors_is_counted_once():
+    x = A[0]
+    for rules in (None, {"product": rp.SignalTakeAll(0)}):
+        np.testing.assert_allclose(rp.explain(lambda x: jnp.dot(x, x), rules)(x), x * x, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda e: (e * W[:1]) / e.sum(-1, keepdims=True),
+        lambda e: e / e.mean(-1, keepdims=True),
+        lambda e: e / (e.sum(-1, keepdims=True) - e),
+        lambda e: e / (e @ W[:, :1]),
+        lambda e: e[:3] / e[:3].sum(0)[:, None],
+    ],
+    ids=["weighed", "times n", "odds", "weighed sum", "another axis"],
+)
+def test_what_is_divided_by_more_or_less_than_its_own_sum_is_no_gate(weigh):
+    fn = lambda u, x: weigh(jnp.exp(u)) * x  # noqa: E731
+    u, x = A[:3], B[:3]
+    (layer,) = products(fn, u, x, argnums=(0, 1))
+    assert layer.kind == "product"
+    signed = rp.plan(lambda u: weigh(jnp.exp(u)) @ W, rp.ZPlus())(u)
+    layer = next(e.layer for e in signed if e.layer.kind == "dense" and e.layer.output_shape[-1] == 3)
+    assert not layer.nonnegative or bool((weigh(jnp.exp(u)) >= 0).all())
+
+
+def test_three_arrays_make_no_attention_of_a_kernel():
+    @jax.custom_vjp
+    def affine(x, w, r):
+        def kernel(x, w, r, out):
+            out[...] = x[...] @ w[...] + r[...]
+
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(r.shape, r.dtype), interpret=True)(x, w, r)
+
+    affine.defvjp(lambda *args: (affine(*args), args[1]), lambda w, c: (c @ w.T, None, c))
+    with pytest.raises(rp.UnknownPrimitiveError, match="not one of attention"):
+        rp.explain(lambda x: affine(x, jnp.ones((3, 5)), jnp.ones((4, 5))), None)(A)
+
+
+def test_attention_of_one_array_with_itself():
+    np.testing.assert_allclose(
+        rp.explain(lambda x: fused(x, x, x), None)(A), rp.explain(lambda x: _reference(x, x, x), None)(A), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("hold", ["gates", {"gate", "gatte"}, 2, (0, -1)])
+def test_what_cannot_be_held_is_refused(hold):
+    with pytest.raises(rp.RuleError, match=r"no role|none at"):
+        rp.explain(lambda a, b: a * b, {"product": rp.SignalTakeAll(hold)}, argnums=(0, 1))(A, B)
 
 
 # Attention.

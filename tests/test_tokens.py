@@ -50,6 +50,11 @@ WRITINGS = {
     "remapped": lambda p, t: above(p, p["table"][(jnp.arange(7) + 1)[t] - 1]),
     "with a token in front": lambda p, t: above(p, p["table"][jnp.concatenate([jnp.full((2, 1), 3), t], 1)][:, 1:]),
     "padded": lambda p, t: above(p, p["table"][jnp.pad(t, ((0, 0), (1, 1)), constant_values=2)][:, 1:-1]),
+    "stacked": lambda p, t: above(p, p["table"][jnp.stack([t[:, i] for i in range(4)], 1)]),
+    "tiled": lambda p, t: above(p, p["table"][jnp.tile(t, (1, 2))][:, :4]),
+    "gathered with a fill": lambda p, t: above(
+        p, p["table"][t.at[:, jnp.array([0, 1, 2, 3, 9])].get(mode="fill", fill_value=2)][:, :4]
+    ),
     "masked afterwards": lambda p, t: above(p, jnp.where((t >= 0)[..., None], p["table"][t], 0.0)),
     "linen": lambda p, t: above(p, nn.Embed(7, 4, dtype=jnp.float64).apply({"params": {"embedding": p["table"]}}, t)),
 }
@@ -140,7 +145,7 @@ def test_in_bfloat16_tokens_get_float32():
     "fn",
     [
         lambda p, t: above(p, t[..., None].astype(jnp.float64) * jnp.ones((1, 1, 4))),
-        lambda p, t: above(p, p["table"][jnp.cumsum(t, 1) % 7]),
+        lambda p, t: above(p, p["table"][jnp.cumsum(t > 0, 1) % 7]),
         lambda p, t: above(p, TABLE[None, :4] * (t > 2).astype(jnp.float64)[..., None]),
     ],
     ids=["values", "counts", "mask"],
@@ -148,6 +153,73 @@ def test_in_bfloat16_tokens_get_float32():
 def test_integers_that_select_nothing_are_refused(fn):
     with pytest.raises(rp.NotDifferentiableError, match=r"'t' is int.*selects no rows.*argnums"):
         rp.explain(fn, None)(PARAMS, TOKENS)
+
+
+def previous_token(p, t):
+    """The row of the token before each, which the loop carries."""
+    return above(p, lax.scan(lambda last, i: (i, p["table"][last]), t.T[0], t.T)[1].transpose(1, 0, 2))
+
+
+def bag(t):
+    return jax.nn.one_hot(t, 7, dtype=jnp.float64).sum(1)
+
+
+ENDED = {
+    "sort": lambda p, t: above(p, p["table"][t] + p["table"][jnp.sort(t, 1)]),
+    "cumsum": lambda p, t: above(p, p["table"][t] + p["table"][jnp.cumsum(t, 1) % 7]),
+    "scan": previous_token,
+    "reduce_sum": lambda p, t: above(
+        p, p["table"][t] + (jax.nn.one_hot(t, 7, dtype=jnp.float64).sum(1) @ p["table"])[:, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("primitive", ENDED)
+def test_tokens_that_cannot_be_followed_to_a_row_are_not_left_out_silently(primitive):
+    with pytest.raises(rp.NotDifferentiableError, match=rf"not followed: by way of '{primitive}' at .*test_tokens.py"):
+        rp.explain(ENDED[primitive], None)(PARAMS, TOKENS)
+
+
+def test_positions_counted_from_a_mask_are_positions():
+    def fn(p, t):
+        present = (t != 0).astype(jnp.int32)
+        return above(p, p["table"][t] + p["positions"][jnp.cumsum(present, 1) * present])
+
+    present = (TOKENS != 0).astype(jnp.int32)
+    shift = POSITIONS[jnp.cumsum(present, 1) * present]
+    reference = rp.explain(lambda p, h: above(p, h + shift), None)(PARAMS, TABLE[TOKENS]).sum(-1)
+    np.testing.assert_allclose(rp.explain(fn, None)(PARAMS, TOKENS), reference, atol=1e-10)
+
+
+def _loss(pick):
+    def fn(p, t, labels=None):
+        logits = jax.nn.log_softmax(jnp.tanh(p["table"][t[:, :-1]] @ p["w"]) @ p["w"].T)
+        return pick(logits, (t[:, 1:] if labels is None else labels) % 4)
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda y, labels: jnp.take_along_axis(y, labels[..., None], -1)[..., 0].sum(-1),
+        lambda y, labels: (y * jax.nn.one_hot(labels, 4, dtype=jnp.float64)).sum((1, 2)),
+        lambda y, labels: jnp.einsum("btv,btv->b", y, jax.nn.one_hot(labels, 4, dtype=jnp.float64)),
+    ],
+    ids=["gathered", "multiplied", "einsum"],
+)
+def test_a_label_that_picks_an_output_gets_nothing(pick):
+    fn = _loss(pick)
+    expected = rp.explain(lambda p, t: fn(p, t, TOKENS[:, 1:]), None)(PARAMS, TOKENS)
+    found = rp.explain(fn, None)(PARAMS, TOKENS)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert (found[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_no_tokens_have_no_relevance(shape):
+    fn = lambda p, t: p["table"][t].sum((0, 1))  # noqa: E731
+    assert rp.explain(fn, None)(PARAMS, jnp.ones(shape, jnp.int32)).shape == shape
 
 
 def test_booleans_are_refused():

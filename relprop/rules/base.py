@@ -54,6 +54,10 @@ class Rule:
         """Whether the rule has a relative part. Static: the planner asks before anything runs."""
         return type(self).relative is not Rule.relative
 
+    def at(self, rank: int, count: int) -> "Rule":
+        """The rule for the layer with the given rank among the `count` layers that its selector matches."""
+        return self
+
     def check(self, info) -> None:
         """Raise `RuleError` when the rule has no meaning at the layer `info`."""
         if type(self).__call__ is Rule.__call__ and not self.is_relative:
@@ -125,7 +129,6 @@ class Graded(Rule):
     make: Callable[[float], Any]
 
     def at(self, rank: int, count: int) -> Rule:
-        """The rule of the layer with the given rank among `count` layers."""
         return as_rule(self.make(rank / max(count - 1, 1)))
 
 

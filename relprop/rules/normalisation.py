@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..errors import RuleError
-from ..surrogate import quotient, scale_tangent, widen, with_tangent
+from ..surrogate import quotient, reciprocal, scale_tangent, widen, with_tangent
 from .base import Rule, check_number
 
 
@@ -20,20 +20,20 @@ class Frozen(Rule):
 
     def __call__(self, layer, x, z):
         statistic = widen(jnp.broadcast_to(layer.frozen(), z.shape)).astype(widen(z).dtype)
-        factor = 1 / statistic if layer.info.core.name == "div" else statistic
+        factor = reciprocal(statistic) if layer.info.core.name == "div" else statistic
         return scale_tangent(jnp.broadcast_to(x, z.shape).astype(z.dtype), factor)
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalResponse(Rule):
-    """Local response normalisation by its first-order expansion. Binder et al. 2016, eq. 11.
+    """Local response normalisation by its first-order expansion. Binder et al. 2016.
 
     With `y_c = x_c (k + a sum_i x_i^2)^-b` the unit `c` contributes what it gives alone, `x_c (k + a x_c^2)^-b`, its
-    neighbours what they take away, `x_i dy_c/dx_i`; relevance is shared in proportion, so that it is conserved. The
-    formula asks the program alone, so it holds for every norm whose statistic is one of its input.
+    neighbours what they take away, `x_i dy_c/dx_i`; relevance is shared in proportion, so that it is conserved. Only
+    values and derivatives of the norm are used, so it holds for every norm whose statistic is one of its input.
 
-    `axis` is the axis of the units `c`. Each of them is evaluated alone; where a window of `size` units is normalised
-    together, say so, and units that far apart are evaluated at once.
+    `axis` is the axis of the units `c`. Each of them is evaluated alone, which costs one evaluation of the norm per unit;
+    where a window of `size` units is normalised together, say so, and units that far apart are evaluated at once.
 
     Example:
         >>> import jax.numpy as jnp, relprop as rp
@@ -80,7 +80,7 @@ class LocalResponse(Rule):
 class Temperature(Rule):
     """The softmax at a temperature, `c_in = s_T (c - <s_T, c>)` with `s_T = softmax(x / T)`. T = 1 is its derivative.
 
-    A higher temperature lets relevance pass where a softmax is saturated.
+    A higher temperature lets relevance pass where a softmax is saturated (GIM: gradient interaction modifications).
 
     Example:
         >>> import jax, jax.numpy as jnp, relprop as rp

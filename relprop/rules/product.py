@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..errors import RuleError
+from ..structure import ROLES
 from ..surrogate import held, scale_tangent, widen
 from .base import Rule
 
@@ -17,8 +18,9 @@ from .base import Rule
 class Uniform(Rule):
     """A product of n live factors hands 1/n of its relevance to each. AttnLRP (Achtibat et al. 2024), prop. 3.2.
 
-    A factor that is a power of something counts as often as that is in it, so that `x * x * y` is `x * y * x`. A fused
-    attention kernel hands a quarter to queries and keys and half to values: what its two products and the softmax give.
+    A factor that is a power of something counts as often as that is in it, so that `x * x * y` is `x * y * x`; `x / y` is
+    `x * (1 / y)`. A fused
+    attention kernel hands a quarter each to queries and keys and half to values: what its two products and the softmax give.
 
     Example:
         >>> import jax.numpy as jnp, relprop as rp
@@ -34,7 +36,7 @@ class Uniform(Rule):
         if layer.kind == "attention":
             return _shared(layer, x, _attention_shares(layer.info.roles))
         if layer.info.degrees:
-            total = sum(layer.info.degrees)
+            total = sum(map(abs, layer.info.degrees)) or 1
             return _shared(layer, x, [degree / total for degree in layer.info.degrees])
         if core.name == "cumprod":
             axis, length = core.params["axis"], z.shape[core.params["axis"]]
@@ -48,9 +50,9 @@ class Uniform(Rule):
 
 def _attention_shares(roles: tuple[str, ...]) -> list[float]:
     """What the product of weights and values, and below it that of queries and keys, hand to their live factors."""
-    weights = 1 / 2 if "value" in roles and len(roles) > 1 else 1.0
-    logits = weights / max(sum(role in ("query", "key") for role in roles), 1)
-    return [{"query": logits, "key": logits, "bias": weights}.get(role, 1 - weights or 1.0) for role in roles]
+    share = 1 / 2 if "value" in roles and len(set(roles)) > 1 else 1.0
+    logits = share / max(sum(role in ("query", "key") for role in roles), 1)
+    return [logits if role in ("query", "key") else share for role in roles]
 
 
 def _shared(layer, x, shares) -> jax.Array:
@@ -68,7 +70,7 @@ class SignalTakeAll(Rule):
     activation beside a factor that is not (gated feed-forward networks).
 
     Several signals share equally; where no factor is held, or all are, the rule is `Uniform`. In a fused attention kernel
-    queries and keys are held.
+    all but the values is held.
 
     Example:
         >>> import jax, jax.numpy as jnp, relprop as rp
@@ -87,8 +89,11 @@ class SignalTakeAll(Rule):
         count = len(info.live)
         if callable(self.hold):
             return [bool(self.hold(info, i)) for i in range(count)]
-        wanted = (self.hold,) if isinstance(self.hold, str | int) else tuple(self.hold)
+        wanted = self._wanted()
         return [i in wanted or (bool(info.roles) and info.roles[i] in wanted) for i in range(count)]
+
+    def _wanted(self) -> tuple:
+        return (self.hold,) if isinstance(self.hold, str | int) else tuple(self.hold)
 
     def __call__(self, layer, x, z):
         fused = layer.kind == "attention"
@@ -96,7 +101,7 @@ class SignalTakeAll(Rule):
         if all(on) or not any(on):
             return Uniform()(layer, x, z)
         degrees = [0 if h else d for h, d in zip(on, layer.info.degrees or (1,) * len(x), strict=True)]
-        shares = [degree / sum(degrees) for degree in degrees]
+        shares = [degree / (sum(map(abs, degrees)) or 1) for degree in degrees]
         if fused:  # a kernel with a backward pass of its own
             return _shared(layer, x, shares)
         operands, rebuild = layer.split()
@@ -115,8 +120,10 @@ class SignalTakeAll(Rule):
 
     def check(self, info) -> None:
         super().check(info)
-        names = (self.hold,) if isinstance(self.hold, str) else self.hold
-        known = {"gate", "modulator", "activated", "signal"}
-        wrong = [v for v in names if isinstance(v, str) and v not in known] if isinstance(names, list | tuple) else []
-        if wrong:
-            raise RuleError(f"{self}: there is no role {wrong[0]!r}; roles are {', '.join(sorted(known))}.")
+        for item in () if callable(self.hold) else self._wanted():
+            if isinstance(item, str) and item not in ROLES:
+                raise RuleError(f"{self}: there is no role {item!r}; roles are {', '.join(ROLES)}.")
+            if isinstance(item, int) and not 0 <= item < len(info.live):
+                raise RuleError(
+                    f"{self}: the {info.kind} at {info.source} has {len(info.live)} live factors, none at {item}."
+                )
