@@ -10,7 +10,7 @@ class UnknownPrimitiveError(RelpropError, NotImplementedError):
 
 
 class NotDifferentiableError(RelpropError, TypeError):
-    """Relevance would have to pass something that cannot be reversed, such as a `while` loop or an integer input."""
+    """Relevance would have to pass something that cannot be reversed: a `while` loop, or integers that select nothing."""
 
 
 class RuleError(RelpropError, TypeError):

@@ -7,19 +7,21 @@ from collections import Counter
 from collections.abc import Sequence
 
 from . import primitives as prims
-from .jaxprs import Value
+from .jaxprs import Equation, Value
 from .structure import AFFINE_KINDS, Layer, Plain, Step
 
 
 def preactivations(steps: Sequence[Step], exits: set[Value]) -> dict[Layer, str]:
     """ "total" or "part" for the layers of a section that make up sums of affine layers, which nothing else reads."""
     readers = Counter(v for step in steps for v in _reads(step))
+    choosers = Counter(v for step in steps if isinstance(step, Plain) for eqn in step.equations for v in _chosen(eqn))
     made_of: dict[Value, list[Layer]] = {}  # the layers that a sum of affine layers consists of, as far as it goes
     found: dict[Layer, str] = {}
 
     def parts(values: Sequence[Value]) -> list[Layer]:
         """The layers that `values` are made of; none if one of them is something else, or is read elsewhere, too."""
-        if not all(v in made_of and readers[v] == 1 and v not in exits for v in values):
+        # The gates of a cell may be several slices of one product.
+        if not all(v in made_of and readers[v] in (1, choosers[v]) and v not in exits for v in values):
             return []
         return [layer for v in values for layer in made_of[v]]
 
@@ -45,6 +47,10 @@ def preactivations(steps: Sequence[Step], exits: set[Value]) -> dict[Layer, str]
                     found[step] = "total"
                     made_of[step.output] = [*members, step]
     return found
+
+
+def _chosen(eqn: Equation) -> list[Value]:
+    return list(eqn.inputs) if eqn.name in prims.SELECTION else []
 
 
 def _reads(step: Step) -> list[Value]:

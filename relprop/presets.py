@@ -110,9 +110,9 @@ def attn_lrp(epsilon=1e-6) -> Composite:
 
 
 def cp_lrp(epsilon=1e-6) -> Composite:
-    """Transformers, conservatively: attention weights are held constant, all relevance takes the values. Ali et al. 2022.
+    """Transformers, so that relevance is conserved: attention weights are held constant, values take all. Ali et al. 2022.
 
-    In a gated feed-forward network `act(g) * u` the activated operand is held.
+    In a gated feed-forward network `act(g) * u` the activated operand is held, as in LXT.
     """
     held = SignalTakeAll(("gate", "activated"))
     return _composite(("affine", Epsilon(epsilon)), (kind("product") | kind("attention"), held))
@@ -125,9 +125,9 @@ def res_lrp(gamma=1.0, epsilon=1e-6) -> Composite:
 
 
 def attn_lrp_vit(gamma_conv=0.25, gamma_dense=0.05, epsilon=1e-6) -> Composite:
-    """Vision transformers: Gamma for the patches' convolution and the feed-forward layers. Achtibat et al. 2024, app. B.
+    """Vision transformers: Gamma for the patches' convolution and the feed-forward layers. Achtibat et al. 2024.
 
-    Feed-forward layers are the dense layers right before and right after an activation.
+    Feed-forward layers are the dense layers right before and right after an activation, as in `act(x W) V`.
     """
 
     def beside_activations(layers):

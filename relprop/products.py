@@ -36,8 +36,6 @@ def product_layer(eqn: Equation, flow: Flow, facts: Facts, regions: dict[Value, 
         else:
             found.append((value, sign * _power(value, flow, facts)[1]))
     equations.sort(key=flow.position.__getitem__)
-    if len(equations) > 1:  # one that is a factor more than once counts as often
-        found = [(v, sum(d for u, d in found if u is v)) for v in dict.fromkeys(v for v, _ in found)]
     factors, degrees = [v for v, _ in found], tuple(d for _, d in found)
     roles = Roles(flow, facts, regions).of(factors, degrees)
     closed = [role in ("gate", "modulator") for role in roles]

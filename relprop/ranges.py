@@ -67,7 +67,7 @@ class Ranges:
         if name in prims.SELECTION or name == "stop_gradient":
             if len(inputs) == len(eqn.outputs):  # forms with several operands (sort ...) keep them apart
                 return given[output]
-            if output > 0:  # the indices of top_k
+            if output > 0 and name in ("top_k", "approx_top_k"):  # indices
                 return UNBOUNDED
             moved = [r for v, r in zip(inputs, given, strict=True) if v.dtype == eqn.outputs[output].dtype]
             return _union(moved) if moved else UNBOUNDED

@@ -123,7 +123,8 @@ def explain(
         fn: any JAX function of arrays in pytrees.
         rules: a rule for all affine layers, pairs or a mapping of (selector, rule), or a `Composite`. What is not named
             has the default of its kind: Zero for affine layers and sums, Identity for activations.
-        argnums: the explained argument(s), as in `jax.grad`; the last positional one by default.
+        argnums: the explained argument(s), as in `jax.grad`; the last positional one by default. Arrays of integers that
+            select rows of an embedding are explained, too: their relevance is a float array of their shape.
         target: what is explained. `None`: the output as it stands, summed over its elements. An int, or an int array of
             the shape of the output without its last axis: one class per example. `"top"`: the predicted class. A
             function: its value at the output.
@@ -141,7 +142,7 @@ def explain(
 
     Raises:
         UnknownPrimitiveError: `fn` does something live for which no rule is known.
-        NotDifferentiableError: relevance would have to pass an integer input or a `while` loop.
+        NotDifferentiableError: relevance would have to pass a `while` loop, or integers that select nothing.
         TargetError, ArgumentError, RuleError: what is given does not fit.
 
     Example:

@@ -222,7 +222,9 @@ def test_model_under_every_family(name, promotion):
     check(s, s.families, s.families, s.families, [])
 
 
-@pytest.mark.parametrize("name", models(EAGER))
+@pytest.mark.parametrize(
+    "name", [*EAGER, *(pytest.param(n, marks=pytest.mark.slow) for n in list(ZOO)[::4] if n not in EAGER)]
+)
 def test_jit_changes_nothing(name, promotion):
     s = subject(name)
     explain = s.explain(s.families["by kind"])

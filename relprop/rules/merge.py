@@ -15,6 +15,8 @@ from .base import Rule, check_number
 class Norm(Rule):
     """Relevance in proportion to the summands with a stabiliser, `c_in = c z / s(z)`: zennit's rule for sums and pools.
 
+    Not a rule for layers of kind `norm` (layer norm and the like), whose rule is `Frozen`.
+
     Example:
         >>> import jax.numpy as jnp, relprop as rp
         >>> rp.explain(lambda x: x.sum(), {"sum_pool": rp.Norm(1.0)})(jnp.array([1.0, 2.0]))

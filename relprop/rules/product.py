@@ -90,7 +90,11 @@ class SignalTakeAll(Rule):
         if callable(self.hold):
             return [bool(self.hold(info, i)) for i in range(count)]
         wanted = self._wanted()
-        return [i in wanted or (bool(info.roles) and info.roles[i] in wanted) for i in range(count)]
+        on = [i in wanted or (bool(info.roles) and info.roles[i] in wanted) for i in range(count)]
+        if len(info.equations) == 1:
+            return on
+        # In a tree of products a value that is a factor more than once is one input.
+        return [all(o for v, o in zip(info.live, on, strict=True) if v is u) for u in info.live]
 
     def _wanted(self) -> tuple:
         return (self.hold,) if isinstance(self.hold, str | int) else tuple(self.hold)
