@@ -95,6 +95,7 @@ class _Follower:
             self._check(eqn, own, flags, lost)
             if eqn.name in prims.CALLS and any(own):
                 env.update(zip(eqn.outputs, self._call(eqn, given, own, flags), strict=True))
+                lost.update((v, eqn) for v in eqn.outputs if jnp.issubdtype(v.dtype, jnp.integer))
                 continue
             if eqn.name in prims.MIXING and sum(flags) == 1:
                 given = [
@@ -103,17 +104,13 @@ class _Follower:
             outputs = eqn.evaluate(*given)
             moved = _moved(eqn, given, own) if any(own) else None
             others = any(on and v.carries_relevance and v not in one_hot for v, on in zip(eqn.inputs, flags, strict=True))
-            counts = (
-                eqn.name == "convert_element_type"
-                and eqn.inputs[0].dtype.kind == "b"
-                and not eqn.outputs[0].carries_relevance
-            )
             if moved is not None and eqn.outputs[0].carries_relevance:
                 if _selects(eqn, own) and not flags[0]:
                     outputs = tuple(self._multiply(out, moved) for out in outputs)
                 if others or not any(v in one_hot for v in eqn.inputs):
                     moved = None
-            if counts and eqn.inputs[0] not in one_hot:  # a mask as a number
+            masks = eqn.name == "convert_element_type" and eqn.inputs[0].dtype.kind == "b" and eqn.inputs[0] not in one_hot
+            if masks:  # as numbers they count
                 moved = None
             if moved is not None:
                 parts = _split(eqn, moved) if eqn.name in ("split", "unstack") else [moved]
@@ -132,8 +129,8 @@ class _Follower:
         choices = [v for v, t in zip(eqn.inputs, own, strict=True) if t and (v.dtype.kind in "iu" or v in one_hot)]
         causes = [lost[v] for v in eqn.inputs if v in lost] or [eqn] * bool(choices)
         if causes and not _selects(eqn, own) and eqn.name not in prims.MIXING:
-            integers = [v for v in eqn.outputs if v.aval.dtype.kind in "iu"]
-            floats = [v for v in eqn.outputs if any(u in one_hot or (u in lost and lost[u]) for u in eqn.inputs)]
+            integers = [v for v in eqn.outputs if jnp.issubdtype(v.dtype, jnp.integer)]
+            floats = list(eqn.outputs) if any(u in one_hot or u in lost for u in eqn.inputs) else []
             lost.update(dict.fromkeys(integers or floats, causes[0]))
 
     @staticmethod

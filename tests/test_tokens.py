@@ -168,6 +168,7 @@ ENDED = {
     "sort": lambda p, t: above(p, p["table"][t] + p["table"][jnp.sort(t, 1)]),
     "cumsum": lambda p, t: above(p, p["table"][t] + p["table"][jnp.cumsum(t, 1) % 7]),
     "scan": previous_token,
+    "cond": lambda p, t: above(p, p["table"][t] + p["table"][lax.cond(t[0, 0] > 0, lambda i: i, lambda i: i + 1, t)]),
     "reduce_sum": lambda p, t: above(
         p, p["table"][t] + (jax.nn.one_hot(t, 7, dtype=jnp.float64).sum(1) @ p["table"])[:, None]
     ),
