@@ -186,3 +186,48 @@ def test_dropout_in_evaluation_mode_changes_nothing(default_promotion):
     x = jnp.ones((2, 3), jnp.float32)
     params = Net().init(jax.random.key(0), x)
     assert [e.layer.kind for e in rp.plan(Net().apply, None)(params, x)] == ["dense", "activation", "dense"]
+
+
+class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        options = {"param_dtype": jnp.float64}
+        y = nn.LayerNorm(**options)(x)
+        x = x + nn.MultiHeadDotProductAttention(2, **options)(y, y)
+        y = nn.Dense(8, **options)(nn.LayerNorm(**options)(x))
+        return x + nn.Dense(4, **options)(nn.gelu(y, approximate=False))
+
+
+def encoder_by_hand(params, x):
+    """The same as `Encoder` in plain jax.numpy, attention and norms and gelu written out.
+
+    A bias belongs to what it is added to, so it is added before the residual sum here, too.
+    """
+
+    def norm(p, x):
+        m = x.mean(-1, keepdims=True)
+        return (x - m) / jnp.sqrt(((x - m) ** 2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+    p = params["params"]
+    y, attention = norm(p["LayerNorm_0"], x), p["MultiHeadDotProductAttention_0"]
+    q, k, v = (
+        jnp.einsum("btd,dhe->bthe", y, attention[n]["kernel"]) + attention[n]["bias"] for n in ("query", "key", "value")
+    )
+    e = jnp.exp(jnp.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(2.0))
+    mixed = jnp.einsum("bhqk,bkhe->bqhe", e, v) / e.sum(-1).transpose(0, 2, 1)[..., None]
+    x = x + (jnp.einsum("bthe,hed->btd", mixed, attention["out"]["kernel"]) + attention["out"]["bias"])
+    y = norm(p["LayerNorm_1"], x) @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
+    y = 0.5 * y * (1 + jax.lax.erf(y / np.sqrt(2.0)))
+    return x + (y @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"])
+
+
+def test_attention_norms_and_gelu_of_flax_are_those_by_hand(default_promotion):
+    x = jax.random.normal(KEYS[0], (2, 5, 4))
+    params = Encoder().init(jax.random.key(0), x)
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(KEYS[1], a.shape), params)
+    np.testing.assert_allclose(Encoder().apply(params, x), encoder_by_hand(params, x), rtol=1e-9)
+    # Without a stabiliser: linen scales queries where the other scales logits, and epsilon is in the units of a layer.
+    presets = (rp.presets.attn_lrp, rp.presets.cp_lrp, rp.presets.res_lrp, rp.presets.attn_lrp_vit)
+    for rules in (None, *(preset(epsilon=0.0) for preset in presets)):
+        expected, found = (jax.jit(rp.explain(fn, rules))(params, x) for fn in (encoder_by_hand, Encoder().apply))
+        np.testing.assert_allclose(found, expected, atol=1e-6 * jnp.abs(expected).max())
