@@ -1,5 +1,7 @@
 """Which axis of one array is which axis of another: through reshapes and sums, and from a weight to what it makes."""
 
+from collections.abc import Iterable
+
 from .jaxprs import Equation, Value
 
 
@@ -21,6 +23,14 @@ def dims_forward(eqn: Equation, dims: frozenset[int]) -> frozenset[int]:
         return frozenset(moved[d] for d in dims) & proper(target)
     if eqn.name in ("reshape", "squeeze", "expand_dims"):
         return _through_reshape(source, target, dims)
+    return dims
+
+
+def where_dims_go(equations: Iterable[Equation], count: int) -> list[frozenset[int]]:
+    """Which dimensions each of `count` dimensions has become after a chain of reshapes, sums and elementwise equations."""
+    dims = [frozenset({d}) for d in range(count)]
+    for eqn in equations:
+        dims = [dims_forward(eqn, d) for d in dims]
     return dims
 
 

@@ -7,7 +7,7 @@ relevance to its signal alone, a softmax to what is exponentiated.
 from collections.abc import Callable
 
 from . import primitives as prims
-from .axes import dims_forward
+from .axes import where_dims_go
 from .flow import Flow
 from .jaxprs import Constant, Equation, Value
 from .ranges import UNIT, Range
@@ -124,9 +124,7 @@ class _Finder:
             return False
         if eqn.name == "select_n":
             return eqn.inputs[0] not in self.flow.live
-        return (
-            eqn.name in prims.PURE_RESHAPE or (eqn.name == "mul") or (eqn.name == "div" and eqn.inputs[0] in self.flow.live)
-        )
+        return eqn.name in prims.PURE_RESHAPE | {"mul"} or (eqn.name == "div" and eqn.inputs[0] in self.flow.live)
 
     def _back(self, value: Value, passes: Callable[[Equation], bool]) -> Equation | None:
         """The equation that `value` comes from, over links that pass."""
@@ -166,16 +164,10 @@ class _Finder:
 
     def _are_shares(self, path: list[Value], total: Value) -> bool:
         """Whether exponentials divided by `total` stay within 0 and 1: nothing weighs them, and the axes agree."""
-        dims = [frozenset({d}) for d in range(path[-2].ndim)]
-        parts = dims
-        for value in path[-3::-1]:
-            eqn = self.producer[value]
-            if eqn.name == "select_n":
-                if not all(self._is_zero(v) for v in eqn.inputs[1:] if v not in self.flow.live):
-                    return False
-            elif eqn.name in prims.PURE_RESHAPE:
-                parts = [dims_forward(eqn, d) for d in parts]
-            else:
+        links = [self.producer[value] for value in path[-3::-1]]
+        for eqn in links:
+            masks = eqn.name == "select_n" and all(self._is_zero(v) for v in eqn.inputs[1:] if v not in self.flow.live)
+            if not masks and eqn.name not in prims.PURE_RESHAPE:
                 return False
         steps: list[Equation] = []
         value = total
@@ -189,9 +181,8 @@ class _Finder:
             if len(live) != 1:
                 return False
             (value,) = live
-        for eqn in steps:
-            dims = [dims_forward(eqn, d) for d in dims]
-        return all(not kept or kept == part for kept, part in zip(dims, parts, strict=True))
+        kept, parts = (where_dims_go(equations, path[-2].ndim) for equations in (steps, links))
+        return all(not k or k == p for k, p in zip(kept, parts, strict=True))
 
     def _is_zero(self, value: Value) -> bool:
         while (eqn := self.producer.get(value)) is not None and eqn.name in prims.PURE_RESHAPE:

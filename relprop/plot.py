@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import scales
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -87,8 +89,8 @@ def heatmap(
     layout = _checked_layout(layout, values.shape)
     maps = _maps(values, layout)
     backgrounds = None if image is None else _greyscale(image, layout, maps.shape)
-    limits = _limits(limit, maps)
-    labels = _labels(titles, len(maps), "N" in layout)
+    limits = scales.limits(limit, list(maps))
+    labels = scales.labels(titles, len(maps), "N" in layout, "heatmap", "heatmap of the batch")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is an opacity between 0 and 1, but is {alpha}.")
 
@@ -197,32 +199,6 @@ def _greyscale(image: Array, layout: str, shape: tuple[int, ...]) -> np.ndarray:
         f"image has shape {values.shape}, which does not lie under the heatmap of relevance with layout "
         f"{layout!r}: it has to be {without} = {expected}, or {with_channels} with channels besides."
     )
-
-
-def _limits(limit: str | float, maps: np.ndarray) -> np.ndarray:
-    """The relevance drawn in full red, one number per heatmap; never 0."""
-    if isinstance(limit, str):
-        if limit not in ("own", "shared"):
-            raise ValueError(f'limit={limit!r} has to be "own", "shared" or a positive number.')
-        own = np.abs(maps).max(axis=(1, 2))
-        limits = own if limit == "own" else np.full_like(own, own.max())
-        # Relevance that is zero throughout is white on any scale; a scale of width 0 would not be one.
-        return np.where(limits > 0, limits, 1.0)
-    if not (np.isfinite(limit) and limit > 0):
-        raise ValueError(f'limit={limit!r} has to be a positive number, or "own" or "shared".')
-    return np.full(len(maps), float(limit))
-
-
-def _labels(titles: str | Sequence[str] | None, count: int, batched: bool) -> list[str] | None:
-    if titles is None:
-        return None
-    if batched:
-        if isinstance(titles, str) or len(titles) != count:
-            raise ValueError(f"titles has to be {count} strings, one per heatmap of the batch, not {titles!r}.")
-        return list(titles)
-    if not isinstance(titles, str):
-        raise ValueError(f"titles has to be a string for one heatmap, not {titles!r}.")
-    return [titles]
 
 
 def _panels(

@@ -34,7 +34,7 @@ def product_layer(eqn: Equation, flow: Flow, facts: Facts, regions: dict[Value, 
             equations.extend(branch)
             pending = _factors(branch[-1], sign, flow) + pending
         else:
-            found.append((value, sign * _power(value, flow, facts)[1]))
+            found.append((value, sign * _power(value, flow)[1]))
     equations.sort(key=flow.position.__getitem__)
     factors, degrees = [v for v, _ in found], tuple(d for _, d in found)
     roles = Roles(flow, facts, regions).of(factors, degrees)
@@ -77,20 +77,20 @@ def _multiplication(value: Value, flow: Flow, facts: Facts, regions: dict[Value,
     return []
 
 
-def _power(value: Value, flow: Flow, facts: Facts) -> tuple[Value, int]:
+def _power(value: Value, flow: Flow) -> tuple[Value, int]:
     """The value that `value` is a power of, and the exponent: `(x, 3)` for `x * x * x` and `x**3`."""
-    eqn = facts.producer.get(value)
+    eqn = flow.producer.get(value)
     if eqn is None or not flow.live_operands(eqn) or flow.sole_consumer(value) is None:
         return value, 1
     if eqn.name == "mul" and all(v in flow.live for v in eqn.inputs):
         if eqn.inputs[0] is eqn.inputs[1]:
             return eqn.inputs[0], 2
-        (a, m), (b, n) = (_power(v, flow, facts) if flow.sole_consumer(v) else (v, 1) for v in eqn.inputs)
+        (a, m), (b, n) = (_power(v, flow) if flow.sole_consumer(v) else (v, 1) for v in eqn.inputs)
         return (a, m + n) if a is b else (value, 1)
     exponent = {"square": 2, "integer_pow": eqn.params.get("y", 1)}.get(eqn.name, 1)
     if exponent < 2:
         return value, 1
-    base, n = _power(eqn.inputs[0], flow, facts)
+    base, n = _power(eqn.inputs[0], flow)
     return base, n * exponent
 
 
@@ -116,11 +116,12 @@ class Roles:
         roles = ["gate" if self._is_gate(v, d) else "signal" for v, d in zip(factors, degrees, strict=True)]
         if "signal" not in roles:
             roles = ["signal"] * len(factors)
-        for name, test in (("modulator", self.is_modulator), ("activated", self._is_activated)):
-            found = [
-                name if role == "signal" and test(v, [u for u in factors if u is not v]) else role
-                for v, role in zip(factors, roles, strict=True)
-            ]
+        tests = {
+            "modulator": lambda v: self._is_modulator(v, [u for u in factors if u is not v]),
+            "activated": self._is_activated,
+        }
+        for name, test in tests.items():
+            found = [name if role == "signal" and test(v) else role for v, role in zip(factors, roles, strict=True)]
             roles = found if "signal" in found else roles
         return tuple(roles)
 
@@ -129,10 +130,10 @@ class Roles:
 
     def of_sum(self, summands: list[Value]) -> tuple[str, ...]:
         """`("skip", "branch")` in their order for a residual sum, else nothing."""
-        branches = [self.is_modulator(v, [u for u in summands if u is not v]) for v in summands]
+        branches = [self._is_modulator(v, [u for u in summands if u is not v]) for v in summands]
         return tuple("branch" if on else "skip" for on in branches) if sum(branches) == 1 else ()
 
-    def _is_activated(self, value: Value, others: list[Value]) -> bool:
+    def _is_activated(self, value: Value) -> bool:
         while (eqn := self.facts.producer.get(value)) is not None and value not in self.regions:
             if eqn.name not in prims.PURE_RESHAPE:
                 return False
@@ -148,7 +149,7 @@ class Roles:
             pending.extend(self.flow.live_operands(eqn))
         return False
 
-    def is_modulator(self, value: Value, others: list[Value]) -> bool:
+    def _is_modulator(self, value: Value, others: list[Value]) -> bool:
         """Whether `value` comes from what one of `others` carries on, by a layer with weights."""
         own = {v for v, _ in _carried_on(value, self.facts)}
         if own.intersection(others):

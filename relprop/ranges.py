@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from . import primitives as prims
-from .axes import dims_forward
+from .axes import where_dims_go
 from .jaxprs import Constant, Equation, Value
 
 Range = tuple[float, float]
@@ -87,10 +87,7 @@ class Ranges:
             (total,) = rest
         if eqn is None or eqn.inputs[0] is not part:
             return False
-        dims = [frozenset({d}) for d in range(part.ndim)]
-        for link in (eqn, *path):
-            dims = [dims_forward(link, d) for d in dims]
-        return all(not kept or kept == {d} for d, kept in enumerate(dims))
+        return all(kept <= {d} for d, kept in enumerate(where_dims_go((eqn, *path), part.ndim)))
 
     def _asks_for_nan(self, predicate: Value) -> bool:
         """Whether `predicate` is `d != d`, true for NaN alone: what is selected then bounds no number."""
@@ -165,11 +162,15 @@ def _real_power(eqn, given) -> Range:
 def _summed(eqn, given) -> Range:
     """A sum of any number of terms, or of products of terms: its sign where that of the terms is known."""
     low, high = _product(*given[:2]) if eqn.name in prims.MIXING else _union(given[:1])
-    return (0.0 if low >= 0 else -math.inf), (0.0 if high <= 0 else math.inf)
+    return _signs(low, high)
 
 
 def _accumulated(eqn, given) -> Range:
     low, high = _union([r for v, r in zip(eqn.inputs, given, strict=True) if v.dtype == eqn.outputs[0].dtype])
+    return _signs(low, high)
+
+
+def _signs(low: float, high: float) -> Range:
     return (0.0 if low >= 0 else -math.inf), (0.0 if high <= 0 else math.inf)
 
 

@@ -1,6 +1,7 @@
 """What the planner finds in a program: layers, plain equations and calls, in order of execution."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from .jaxprs import Equation, Program, Value
@@ -111,14 +112,18 @@ class Section:
     producer: dict[Value, Equation]
     effects: tuple[Equation, ...]
 
-    def layers(self):
+    def layers(self) -> Iterator[Layer]:
         """All layers, those of bodies included, in order of execution."""
+        return (step for step in self.flat() if isinstance(step, Layer))
+
+    def flat(self) -> Iterator[Layer | Plain]:
+        """All layers and plain steps, those of bodies included, in order of execution."""
         for step in self.steps:
-            if isinstance(step, Layer):
-                yield step
-            elif isinstance(step, Call):
+            if isinstance(step, Call):
                 for body in step.bodies:
-                    yield from body.layers()
+                    yield from body.flat()
+            else:
+                yield step
 
 
 @dataclasses.dataclass

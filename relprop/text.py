@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import scales
 from .errors import ArgumentError
 
 __all__ = ["html", "terminal", "words"]
@@ -104,7 +105,7 @@ def terminal(
     """
     rich_console, rich_text = _import_rich()
     texts, values, labels = _checked(tokens, relevance, titles)
-    limits = _limits(limit, values)
+    limits = scales.limits(limit, values)
     if width is not None and width < 2:  # in one column rich leaves out characters that take two
         raise ArgumentError(f"width={width} has to be at least 2 columns, or None for the width of the terminal.")
 
@@ -178,7 +179,7 @@ def html(
         >>> pathlib.Path("relevance.html").write_text(document, encoding="utf-8")  # doctest: +SKIP
     """
     texts, values, labels = _checked(tokens, relevance, titles)
-    limits = _limits(limit, values)
+    limits = scales.limits(limit, values)
     body = []
     for i, (text, value, label, most) in enumerate(zip(texts, values, labels, limits, strict=True)):
         if label is not None:
@@ -382,7 +383,7 @@ def _checked(
         _numbers(each, f"relevance[{i}]" if several else "relevance", len(text))
         for i, (text, each) in enumerate(zip(texts, relevance if several else [relevance], strict=True))
     ]
-    return texts, values, _labels(titles, len(texts), several)
+    return texts, values, scales.labels(titles, len(texts), several, "text", "text") or [None] * len(texts)
 
 
 def _numbers(relevance: Any, name: str, count: int) -> np.ndarray:
@@ -403,28 +404,3 @@ def _numbers(relevance: Any, name: str, count: int) -> np.ndarray:
             f"{values[bad[0]]} at index {bad[0]}. Colours would hide that; look for where it comes from."
         )
     return values
-
-
-def _limits(limit: str | float, values: list[np.ndarray]) -> list[float]:
-    """The relevance drawn in full red, one number per text; never 0."""
-    if isinstance(limit, str):
-        if limit not in ("own", "shared"):
-            raise ArgumentError(f'limit={limit!r} has to be "own", "shared" or a positive number.')
-        own = [float(np.abs(value).max()) for value in values]
-        # Relevance that is zero throughout is white on any scale; a scale of width 0 would not be one.
-        return [(most if limit == "own" else max(own)) or 1.0 for most in own]
-    if not (np.isfinite(limit) and limit > 0):
-        raise ArgumentError(f'limit={limit!r} has to be a positive number, or "own" or "shared".')
-    return [float(limit)] * len(values)
-
-
-def _labels(titles: str | Sequence[str] | None, count: int, several: bool) -> Sequence[str | None]:
-    if titles is None:
-        return [None] * count
-    if several:
-        if isinstance(titles, str) or len(titles) != count:
-            raise ArgumentError(f"titles has to be {count} strings, one per text, not {titles!r}.")
-        return list(titles)
-    if not isinstance(titles, str):
-        raise ArgumentError(f"titles has to be a string for one text, not {titles!r}.")
-    return [titles]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from relprop.arguments import seeds
 from relprop.interpreter import Interpreter
 from relprop.registry import REGISTERED
-from relprop.structure import Call, Layer
+from relprop.structure import Layer
 from relprop.transform import _prepare
 
 
@@ -51,14 +51,8 @@ class Taps:
 
 def places(section):
     """All layers and plain equations of a section, those of bodies included."""
-    for step in section.steps:
-        if isinstance(step, Layer):
-            yield step
-        elif isinstance(step, Call):
-            for body in step.bodies:
-                yield from places(body)
-        else:
-            yield from step.equations
+    for step in section.flat():
+        yield from (step,) if isinstance(step, Layer) else step.equations
 
 
 def _total(array, coefficient):
