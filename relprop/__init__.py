@@ -1,11 +1,14 @@
 """relprop: layer-wise relevance propagation as a JAX function transformation."""
 
 from . import plot, presets, text
+from .audit import audit
 from .composite import Composite
+from .conditions import condition, start
 from .errors import (
     ArgumentError,
     NonFiniteRelevanceWarning,
     NotDifferentiableError,
+    RelevanceLossError,
     RelpropError,
     RuleError,
     TargetError,
@@ -14,6 +17,8 @@ from .errors import (
 )
 from .plan import Plan
 from .registry import register
+from .relevances import LayerRelevance, relevances
+from .report import Audit
 from .rules.activation import Deconvnet, Gradient, GuidedBackprop, Identity, Pass, Stop
 from .rules.affine import AlphaBeta, Epsilon, Gamma, Zero, ZPlus
 from .rules.base import Graded, RelevanceRule, Rule
@@ -29,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaBeta",
     "ArgumentError",
+    "Audit",
     "Composite",
     "Deconvnet",
     "Epsilon",
@@ -39,6 +45,7 @@ __all__ = [
     "Gradient",
     "GuidedBackprop",
     "Identity",
+    "LayerRelevance",
     "LocalResponse",
     "NonFiniteRelevanceWarning",
     "Norm",
@@ -46,6 +53,7 @@ __all__ = [
     "Pass",
     "Plan",
     "ProportionalPool",
+    "RelevanceLossError",
     "RelevanceRule",
     "RelpropError",
     "ResidualGamma",
@@ -62,6 +70,8 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "Zero",
+    "audit",
+    "condition",
     "explain",
     "first",
     "kind",
@@ -73,9 +83,11 @@ __all__ = [
     "presets",
     "primitive",
     "register",
+    "relevances",
     "scale_tangent",
     "scope",
     "stabilize",
+    "start",
     "text",
     "value_and_explain",
     "vjp",

@@ -25,6 +25,10 @@ class ArgumentError(RelpropError, ValueError):
     """An argument of a relprop function has a wrong value, shape or type."""
 
 
+class RelevanceLossError(RelpropError, ArithmeticError):
+    """A layer keeps more relevance than is tolerated, or hands on what is not finite."""
+
+
 class UnusedSelectorWarning(UserWarning):
     """A selector of the given rules matched no layer of the function."""
 

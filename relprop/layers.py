@@ -75,6 +75,11 @@ class LayerView:
         """What a rule receives as `x` for a layer input `x`."""
         return x
 
+    @cached_property
+    def bias(self) -> jax.Array:
+        """What the layer gives for inputs of 0, in the shape of its output."""
+        return self.evaluate(*(jnp.zeros_like(read(self._env, v)) for v in self.info.live))
+
     def frozen(self, index: int = 0) -> jax.Array:
         """An operand that the layer holds constant: the statistic of a norm."""
         return read(self._env, self.info.frozen[index])

@@ -8,6 +8,8 @@ from .jaxprs import Equation, Program, Value
 
 AFFINE_KINDS = ("dense", "conv", "affine")
 KINDS = (*AFFINE_KINDS, *"scale activation product gate attention norm softmax max_pool sum_pool add".split())
+# Affine in all live inputs together: what such a layer gives for inputs of 0 is its bias.
+LINEAR_KINDS = (*AFFINE_KINDS, "scale", "sum_pool", "add")
 ROLES = ("gate", "modulator", "activated", "signal")
 _WIDER = {**dict.fromkeys(AFFINE_KINDS, ("affine",)), "gate": ("product",)}
 
@@ -118,12 +120,24 @@ class Section:
 
     def flat(self) -> Iterator[Layer | Plain]:
         """All layers and plain steps, those of bodies included, in order of execution."""
+        return (step for step, _ in self.walk())
+
+    def sections(self) -> Iterator["Section"]:
+        """This section and those of all bodies in it."""
+        yield self
         for step in self.steps:
             if isinstance(step, Call):
                 for body in step.bodies:
-                    yield from body.flat()
+                    yield from body.sections()
+
+    def walk(self, around: tuple[Equation, ...] = ()) -> Iterator[tuple[Layer | Plain, tuple[Equation, ...]]]:
+        """As `flat`, each with the calls that it is in, from the outermost inwards."""
+        for step in self.steps:
+            if isinstance(step, Call):
+                for body in step.bodies:
+                    yield from body.walk((*around, step.equation))
             else:
-                yield step
+                yield step, around
 
 
 @dataclasses.dataclass

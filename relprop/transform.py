@@ -1,109 +1,17 @@
-"""The public transformations `explain`, `value_and_explain`, `vjp`, `plan`: trace, plan, interpret, transpose."""
+"""The public transformations `explain`, `value_and_explain`, `vjp`, `plan`."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .arguments import Leaves, flatten, is_array, seeds, with_companions
-from .composite import as_composite
-from .errors import ArgumentError, NonFiniteRelevanceWarning, TargetError
-from .interpreter import Interpreter
-from .jaxprs import trace
+from .errors import ArgumentError, NonFiniteRelevanceWarning
+from .pipeline import Fallback, prepare
 from .plan import Plan
-from .recognise import number, recognise
-from .registry import REGISTERED
-from .structure import Options
 from .surrogate import quotient
-
-Fallback = Literal["gradient"] | None
-
-
-@dataclasses.dataclass
-class _Planned:
-    """A function, traced at given arguments and planned: all that is needed to run it."""
-
-    leaves: Leaves
-    plan: Plan
-    explained: int
-    shapes: Any
-    static_aux: list[Any]
-
-    @property
-    def relative_inputs(self) -> list[bool]:
-        """Which explained leaves take part in relative space."""
-        inputs = self.plan.section.program.inputs
-        return [inputs[i] in self.plan.needed for i in self.leaves.explained]
-
-    def run(self):
-        """`(outputs, pullback)`: the flat outputs, and seeds for the explained ones -> relevance of each leaf."""
-        interpreter = Interpreter(self.plan.rules, self.plan.needed, REGISTERED)
-        section, leaves = self.plan.section, self.leaves
-        inputs = [leaves.arrays[i] for i in leaves.explained]
-
-        def evaluate(xs, rs):
-            operands = list(leaves.arrays)
-            relatives: list[Any] = [None] * len(operands)
-            for i, x, r in zip(leaves.explained, xs, rs, strict=True):
-                operands[i], relatives[i] = x, r
-            outputs, _ = interpreter.evaluate(section, operands, relatives)
-            return outputs[: self.explained], outputs[self.explained :]
-
-        zeros = [jnp.zeros_like(x) if on else None for x, on in zip(inputs, self.relative_inputs, strict=True)]
-        explained, transpose, rest = jax.vjp(evaluate, inputs, zeros, has_aux=True)
-
-        def pullback(seeds, multiply=True):
-            cs, rs = transpose(seeds)
-            if not multiply:
-                return cs
-            return [x * c if r is None else x * c + r for x, c, r in zip(inputs, cs, rs, strict=True)]
-
-        return [*explained, *rest], pullback
-
-
-def _prepare(fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=False, fallback=None) -> _Planned:
-    if fallback not in (None, "gradient"):
-        raise ArgumentError(f"fallback must be None or 'gradient', got {fallback!r}.")
-    composite = as_composite(rules)
-    leaves = flatten(fn, args, kwargs, argnums, parameters)
-
-    static_aux: list[Any] = []
-
-    def flat(*arrays):
-        positional, named = leaves.rebuild(arrays)
-        out = fn(*positional, **named)
-        if has_aux:
-            if not isinstance(out, tuple) or len(out) != 2:
-                raise ArgumentError(
-                    f"With has_aux=True the function must return a pair (output, aux), got {type(out).__name__}."
-                )
-            out, aux = out
-            leaves_of_aux, form = jax.tree_util.tree_flatten(aux)
-            static_aux[:] = [form, [None if is_array(leaf) else leaf for leaf in leaves_of_aux]]
-            aux = [leaf for leaf in leaves_of_aux if is_array(leaf)]
-        else:
-            aux = []
-        return (target(out) if callable(target) else out), out, aux
-
-    program, shapes = trace(flat, *leaves.arrays)
-    explained = len(jax.tree_util.tree_leaves(shapes[0]))
-    if not any(v.carries_relevance for v in program.outputs[:explained]):
-        given = ", ".join(f"{v.dtype}{list(v.shape)}" for v in program.outputs[:explained]) or "nothing"
-        raise TargetError(
-            f"The function returns {given}: there is no floating-point output whose relevance could be explained."
-        )
-    if leaves.integers:
-        program, leaves = with_companions(program, leaves)
-    options = Options(fallback, REGISTERED)
-    live = [i in leaves.data for i in range(len(leaves.arrays))]
-    origins = {v: name for v, name, on in zip(program.inputs, leaves.names, live, strict=True) if not on}
-    targets = program.outputs[:explained]
-    section, _ = number(recognise(program, live, origins, options, targets=targets))
-    return _Planned(leaves, Plan(section, composite), explained, shapes, static_aux)
 
 
 def explain(
@@ -116,6 +24,7 @@ def explain(
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
     coefficients: bool = False,
+    conditions: Any = (),
 ) -> Callable[..., Any]:
     """Transform `fn` into a function that returns the relevance of its input for its output.
 
@@ -135,6 +44,8 @@ def explain(
         fallback: `"gradient"` uses the derivative where no rule is known, which is an error otherwise.
         coefficients: return the coefficients `c` of the explained arguments, not the relevance `x * c`. This is the
             picture of methods that modify the gradient, such as guided backpropagation.
+        conditions: filters on the way of relevance and other places where it starts, one or a sequence; see
+            `relprop.condition` and `relprop.start`.
 
     Returns:
         A function of the same arguments. It returns relevance in the form of the explained argument (a tuple where
@@ -161,6 +72,7 @@ def explain(
         parameters=parameters,
         fallback=fallback,
         coefficients=coefficients,
+        conditions=conditions,
     )
 
     def explained(*args, **kwargs):
@@ -180,6 +92,7 @@ def value_and_explain(
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
     coefficients: bool = False,
+    conditions: Any = (),
 ) -> Callable[..., Any]:
     """As `explain`, for a function that returns a pair (value of `fn`, relevance).
 
@@ -192,23 +105,23 @@ def value_and_explain(
     """
 
     def explained(*args, **kwargs):
-        planned = _prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback)
-        outputs, pullback = planned.run()
-        explained_outputs, rest = outputs[: planned.explained], outputs[planned.explained :]
+        planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
+        run = planned.run()
+        explained_outputs, rest = run.outputs[: planned.explained], run.outputs[planned.explained :]
         if coefficients and any(planned.relative_inputs):
             raise ArgumentError(
                 "coefficients=True asks for the factor c of relevance = input * c, but a rule at the first layers (Flat, "
                 "WSquare, ZBox, bias='distribute' or a relevance function) gives relevance that is not of that form."
             )
-        relevances = pullback(seeds(explained_outputs, target), multiply=not coefficients)
-        _report_non_finite(relevances, explained_outputs)
+        found = run.coefficients(planned.seeds(run)) if coefficients else run.relevances(planned.seeds(run))
+        _report_non_finite(found, explained_outputs)
         structure: Any = jax.tree_util.tree_structure(planned.shapes[1:])
         value, aux = structure.unflatten(rest)
         if has_aux:
             form, parts = planned.static_aux
             arrays = iter(aux)
             aux = form.unflatten([next(arrays) if part is None else part for part in parts])
-        return ((value, aux) if has_aux else value), planned.leaves.restore(relevances)
+        return ((value, aux) if has_aux else value), planned.leaves.restore(found)
 
     return explained
 
@@ -220,10 +133,12 @@ def vjp(
     argnums: int | Sequence[int] = -1,
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
+    conditions: Any = (),
 ) -> tuple[Any, Callable[[Any], Any]]:
     """The value of `fn` at `args`, and the map from the relevance of its output to that of its arguments.
 
     The map takes a pytree of the form of the output. An output element that is exactly 0 has no relevance to hand on.
+    `conditions` are masks on the way; see `relprop.condition`.
 
     Example:
         >>> import jax.numpy as jnp, relprop as rp
@@ -231,9 +146,11 @@ def vjp(
         >>> pullback(jnp.array([1.0, 0.0]))
         Array([1., 0.], dtype=float32)
     """
-    planned = _prepare(fn, rules, args, {}, argnums, parameters, None, False, fallback)
-    outputs, transpose = planned.run()
-    outputs = outputs[: planned.explained]
+    planned = prepare(fn, rules, args, {}, argnums, parameters, None, False, fallback, conditions)
+    if planned.starts:
+        raise ArgumentError("vjp takes the relevance of the output; to start elsewhere use explain with relprop.start.")
+    run = planned.run()
+    outputs = run.sources
     structure: Any = jax.tree_util.tree_structure(planned.shapes[0])
 
     def pullback(relevance):
@@ -250,7 +167,7 @@ def vjp(
                 coefficients.append(quotient(jnp.asarray(r, y.dtype), y).astype(y.dtype))
             else:
                 coefficients.append(np.zeros(y.shape, jax.dtypes.float0))
-        return planned.leaves.restore(transpose(coefficients))
+        return planned.leaves.restore(run.relevances(coefficients))
 
     return structure.unflatten(outputs), pullback
 
@@ -278,7 +195,7 @@ def plan(
     """
 
     def planned(*args, **kwargs):
-        return _prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback).plan
+        return prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback).plan
 
     return planned
 

@@ -1,4 +1,4 @@
-"""Every model of the zoo is planned, explained, jitted, vmapped, stripped of its names, and its ledger closed."""
+"""Every model of the zoo is planned, explained, jitted, vmapped, stripped of its names, and audited."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend import source_info_util
-from ledger import ledger
 from zoo import ZOO
 
 import relprop as rp
@@ -149,20 +148,16 @@ def bodies_of(eqn):
 def study(subject, explained, closed, unnamed, vmapped):
     """Measures a model under families of rules, in one program: compiled once, and it shares the forward pass.
 
-    `explained`, `closed`, `unnamed` and `vmapped` name the families whose relevance, ledger, relevance of the stripped
+    `explained`, `closed`, `unnamed` and `vmapped` name the families whose relevance, audit, relevance of the stripped
     model and relevance under vmap are asked for.
     """
     fn, target, rules = subject.fn, subject.target, subject.families
     without_names = stripped(fn, subject.params, subject.x)
 
-    def entries(family, *args):
-        lines, at_input, at_output = ledger(fn, rules[family], *args, target=target)
-        return jnp.stack([at_input, at_output]), jnp.stack([jnp.stack([line.out, line.absorbed]) for line in lines])
-
     def measure(params, x, xs):
         return {
             "relevance": {f: subject.explain(rules[f])(params, x) for f in explained},
-            "ledger": {f: entries(f, params, x) for f in closed},
+            "audit": {f: rp.audit(fn, rules[f], target=target)(params, x) for f in closed},
             "without names": {f: subject.explain(rules[f], without_names)(params, x) for f in unnamed},
             "vmap": {f: jax.vmap(subject.explain(rules[f]), (None, 0))(params, xs) for f in vmapped},
         }
@@ -171,7 +166,7 @@ def study(subject, explained, closed, unnamed, vmapped):
 
 
 def check(subject, *families):
-    """Relevance is finite, the ledger closes, names do not matter, and vmap is a loop: for two inputs."""
+    """Relevance is finite, the audit closes, names do not matter, and vmap is a loop: for two inputs."""
     inputs = [subject.x, jnp.flip(subject.x, 0)]
     measure = study(subject, *families)
     measured = [measure(subject.params, x, jnp.stack(inputs)) for x in inputs]
@@ -180,8 +175,8 @@ def check(subject, *families):
             assert relevance.shape == subject.x.shape, family
             assert jnp.isfinite(relevance).all(), family
             assert jnp.abs(relevance).max() > 0, family
-        for family, (ends, lines) in found["ledger"].items():
-            assert_closes(ends, lines, found["relevance"][family], subject.tolerance, family)
+        for family, audit in found["audit"].items():
+            assert_closes(audit, found["relevance"][family], subject.tolerance, family)
         for family, relevance in found["without names"].items():
             assert_close(relevance, found["relevance"][family], subject.tolerance, f"{family}: without names")
     for family, relevance in measured[0]["vmap"].items():
@@ -189,14 +184,19 @@ def check(subject, *families):
         assert_close(relevance, looped, subject.tolerance, f"{family}: vmap")
 
 
-def assert_closes(ends, lines, relevance, tolerance, message):
-    """What arrives at the input and what the layers absorb are the relevance of the output."""
-    at_input, at_output = np.asarray(ends, np.float64)
-    out, absorbed = np.asarray(lines, np.float64).T
-    scale = tolerance * max(abs(at_output), np.abs(out).max())
+def assert_closes(audit, relevance, tolerance, message):
+    """What arrives at the input and what the layers absorb are the relevance of the output; causes stand where they can."""
+    scale = tolerance * max(abs(float(audit.output)), *(abs(float(line.relevance_out)) for line in audit.lines))
     total = np.asarray(relevance, np.float64).sum()
-    np.testing.assert_allclose(at_input, total, rtol=0, atol=scale, err_msg=f"{message}: the ledger's input")
-    np.testing.assert_allclose(at_input + absorbed.sum(), at_output, rtol=0, atol=scale, err_msg=f"{message}: ledger")
+    np.testing.assert_allclose(
+        sum(audit.inputs.values()), total, rtol=0, atol=scale, err_msg=f"{message}: the audit's input"
+    )
+    np.testing.assert_allclose(audit.unaccounted, 0, atol=scale, err_msg=f"{message}: audit")
+    for line in audit.lines:
+        cause = {"softmax": "softmax", "attention": "softmax", "activation": "f(0)"}.get(line.kind)
+        misplaced = [line.absorbed[c] for c in ("softmax", "f(0)", "fallback", "condition") if c != cause]
+        np.testing.assert_allclose(misplaced, 0, atol=scale, err_msg=f"{message}: {line.name}")
+        assert line.non_finite == 0, f"{message}: {line.name}"
 
 
 def models(fast):
@@ -217,7 +217,7 @@ def test_model(name, promotion):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_model_under_the_other_families(name, promotion):
-    """Relevance and ledger; that names do not matter to recognition has been seen under the first family."""
+    """Relevance and audit; that names do not matter to recognition has been seen under the first family."""
     s = subject(name)
     rest = [family for family in s.families if family != "by kind"]
     check(s, rest, rest, [], [])

@@ -22,6 +22,7 @@ class Identity(Rule):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("activation",)
+    absorbs: ClassVar[str] = "f(0)"
 
     def __call__(self, layer, x, z):
         slope = secant(layer.evaluate, x, z)

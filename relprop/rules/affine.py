@@ -47,10 +47,12 @@ class AffineRule(Rule):
         epsilon = getattr(self, "epsilon", 0.0)
         parts = []
         for share, total in self.terms(layer, x, z):
-            ratio = quotient(z, stabilize(widen(total), epsilon), empty=self.empty)
+            stable = stabilize(widen(total), epsilon)
+            ratio = quotient(z, stable, empty=self.empty)
             # Nothing contributes to a total of exactly 0; z / epsilon would only overflow in narrow dtypes.
             ratio = jnp.where((total == 0) & (jnp.abs(ratio) > 1), jnp.zeros_like(ratio), ratio)
-            parts.append(scale_tangent(total, jnp.asarray(share, ratio.dtype) * ratio))
+            # The stabiliser is a part of what is scaled: its relevance is what it absorbs.
+            parts.append(scale_tangent(stable.astype(total.dtype), jnp.asarray(share, ratio.dtype) * ratio))
         return sum(parts[1:], parts[0])
 
     @property

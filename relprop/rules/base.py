@@ -42,6 +42,8 @@ class Rule:
     """Whether the rule hands all relevance of a max pooling to the selected inputs."""
     linear: ClassVar[bool] = True
     """Whether the coefficient of the input is linear in that of the output."""
+    absorbs: ClassVar[str] = "rule"
+    """What an audit calls the relevance that the rule keeps, apart from biases and stabilisers; see `relprop.audit`."""
 
     def __call__(self, layer, x, z) -> jax.Array | None:
         return None

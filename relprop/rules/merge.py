@@ -31,7 +31,8 @@ class Norm(Rule):
         check_number(self, "epsilon")
 
     def __call__(self, layer, x, z):
-        return scale_tangent(z, quotient(z, stabilize(widen(z), self.epsilon)))
+        stable = stabilize(widen(z), self.epsilon)
+        return scale_tangent(stable.astype(z.dtype), quotient(z, stable))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,4 +100,5 @@ class ProportionalPool(Rule):
                 params["base_dilation"],
                 params["window_dilation"],
             )
-        return scale_tangent(total, quotient(z, stabilize(widen(total), self.epsilon)))
+        stable = stabilize(widen(total), self.epsilon)
+        return scale_tangent(stable.astype(z.dtype), quotient(z, stable))

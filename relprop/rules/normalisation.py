@@ -17,6 +17,7 @@ class Frozen(Rule):
     """A norm `x / s` or `x * s` whose statistic `s` is held constant: `c_in = c / s` or `c s`. Ali et al. 2022 (LN-rule)."""
 
     kinds: ClassVar[tuple[str, ...]] = ("norm",)
+    absorbs: ClassVar[str] = "frozen"
 
     def __call__(self, layer, x, z):
         statistic = widen(jnp.broadcast_to(layer.frozen(), z.shape)).astype(widen(z).dtype)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
-from ..surrogate import reciprocal, scale_tangent, stabilize, widen
+from ..surrogate import reciprocal, scale_tangent, stabilize, widen, with_tangent
 from .affine import negative, positive
 from .base import Rule, check_number
 
@@ -55,7 +55,7 @@ class WSquare(Rule):
 
     def relative(self, layer, x, z, r):
         squared, factor = layer.with_weights(jnp.square), jnp.square(layer.input_scale)
-        return scale_tangent(squared(factor * r), reciprocal(stabilize(widen(squared(factor)), self.epsilon)))
+        return _shared(squared(factor * r), squared(factor), self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,4 +106,11 @@ class ZBox(Rule):
         def box(factor):
             return layer.linear(x * factor) - plus(low * factor) - minus(high * factor)
 
-        return scale_tangent(box(r), reciprocal(stabilize(widen(box(jnp.ones_like(x))), self.epsilon)))
+        return _shared(box(r), box(jnp.ones_like(x)), self.epsilon)
+
+
+def _shared(part, total, epsilon):
+    """`part / s(total)`, a map of relatives, in which the stabiliser has its own part: what it absorbs."""
+    stabilizer = stabilize(jnp.zeros_like(total), epsilon) * jnp.where(total < 0, -1, 1).astype(total.dtype)
+    shared = with_tangent(jnp.zeros_like(part), part + stabilizer)
+    return scale_tangent(shared, reciprocal(stabilize(widen(total), epsilon)))

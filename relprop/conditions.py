@@ -1,0 +1,224 @@
+"""Conditions on the way of relevance: filter it at inner layers, start it there, leave out what goes past them.
+
+Conditional relevance is "concept relevance propagation" (Achtibat et al. 2023): the heatmap of one channel is the
+relevance that flows through that channel. Masks are data, so a `vmap` over them explains every channel with one forward
+pass, and everything above the layer is shared, too.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from .errors import ArgumentError
+from .jaxprs import REMAT, Value
+from .plan import Plan
+from .selectors import as_selector
+from .structure import Call, Layer, Plain, Section
+from .taps import Key, Taps, loops_around
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Condition:
+    """A mask on the relevance at some layers; made by `relprop.condition`."""
+
+    selector: Any
+    mask: Any
+    exclusive: bool = False
+    by_step: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """A place where relevance starts; made by `relprop.start`."""
+
+    selector: Any
+    seed: Any
+    by_step: bool = False
+
+
+def condition(selector: Any, mask: Any, *, exclusive: bool = False, by_step: bool = False) -> Condition:
+    """Let relevance pass a layer only as far as `mask` says: an entry of `conditions` of `explain` and its kin.
+
+    Several conditions hold together: what is left has passed all of them.
+
+    Args:
+        selector: the layers, as in rules; more than one may match. A condition acts at the output of a layer.
+        mask: an array that broadcasts to the layer's output, such as one-hot over channels; the relevance there is
+            multiplied by it. It may be a tracer, so that `jax.vmap` over masks explains channel by channel. Or a linear
+            function of an array of that shape, such as a projection `lambda a: a @ P`: the coefficient goes through its
+            transpose, and relevance through a complete set of projections adds up to the whole.
+        exclusive: leave out the relevance that reaches the input past these layers, in branches parallel to them.
+        by_step: the mask has one leading axis for each loop that the layer is in, with an entry per step.
+
+    Returns:
+        A `Condition`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, relprop as rp
+        >>> params = {"up": jnp.array([[1.0, 2.0], [0.0, 1.0]]), "down": jnp.array([1.0, 1.0])}
+        >>> fn = lambda params, x: (x @ params["up"]) @ params["down"]
+        >>> def one(mask):
+        ...     return rp.explain(fn, None, conditions=rp.condition(rp.path("up"), mask))(params, jnp.array([1.0, 2.0]))
+        >>> jax.vmap(one)(jnp.eye(2)).tolist()
+        [[1.0, 0.0], [2.0, 2.0]]
+    """
+    return Condition(as_selector(selector), mask, exclusive, by_step)
+
+
+def start(selector: Any, seed: Any = 1.0, *, by_step: bool = False) -> Start:
+    """Let relevance start at the output of a layer, not at that of the function: an entry of `conditions`.
+
+    Args:
+        selector: the layers, as in rules. Where several match, or several starts are given, their relevances add up.
+        seed: the coefficient there, an array that broadcasts to the layer's output: the relevance that starts is
+            `value * seed`. One-hot over channels explains the activation of one channel.
+        by_step: the seed has one leading axis for each loop that the layer is in, with an entry per step.
+
+    Returns:
+        A `Start`.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> params = {"up": jnp.array([[1.0, 2.0], [0.0, 1.0]]), "down": jnp.array([1.0, 1.0])}
+        >>> fn = lambda params, x: (x @ params["up"]) @ params["down"]
+        >>> second = rp.start(rp.path("up"), jnp.array([0.0, 1.0]))
+        >>> rp.explain(fn, None, conditions=second)(params, jnp.array([1.0, 2.0])).tolist()
+        [2.0, 2.0]
+    """
+    return Start(as_selector(selector), seed, by_step)
+
+
+def resolve(conditions: Any, plan: Plan, explained: int) -> Taps:
+    """The taps that conditions are, at the layers of a plan whose first `explained` outputs are explained.
+
+    Raises:
+        ArgumentError: a condition matches nothing, does not fit, or stands where it cannot be kept.
+    """
+    given = [conditions] if isinstance(conditions, Condition | Start) else list(conditions)
+    layers = [entry.layer for entry in plan]
+    around = {step: calls for step, calls in plan.section.walk() if isinstance(step, Layer)}
+    arrays: dict[Key, Any] = {}
+    stepped: set[Key] = set()
+    blocked: dict[Any, frozenset[Value]] = {}
+    for item in given:
+        if not isinstance(item, Condition | Start):
+            raise ArgumentError(f"conditions are made by `relprop.condition` and `relprop.start`, got {item!r}.")
+        chosen = select(item.selector, layers, "The condition" if isinstance(item, Condition) else "The start")
+        name, data = ("mask", item.mask) if isinstance(item, Condition) else ("seed", item.seed)
+        for layer in chosen:
+            key = _free(arrays, layer, name)
+            arrays[key] = _checked(data, layer, loops_around(around[layer]) if item.by_step else (), name, plan)
+            if item.by_step:
+                stepped.add(key)
+            if name == "seed" and any(eqn.name not in {"scan", *REMAT} for eqn in around[layer]):
+                raise ArgumentError(
+                    f"Relevance cannot start at the layer {layer.address} at {layer.source}, inside of a "
+                    f"`{around[layer][-1].name}`; it can inside of `scan` and `checkpoint`."
+                )
+        if isinstance(item, Condition) and item.exclusive:
+            _exclude(plan.section, frozenset(chosen), around, explained, blocked)
+    return Taps(arrays, frozenset(stepped), blocked)
+
+
+def select(selector: Any, layers: Sequence[Layer], what: str) -> list[Layer]:
+    """The layers that match, at least one."""
+    selector = as_selector(selector)
+    chosen = [layer for layer, on in zip(layers, selector.matches(layers), strict=True) if on]
+    if not chosen:
+        present = ", ".join(dict.fromkeys(layer.path or layer.kind for layer in layers)) or "none"
+        raise ArgumentError(f"{what} at {selector} matches no layer. Layers here: {present}.")
+    return chosen
+
+
+def _free(arrays: dict[Key, Any], layer: Layer, name: str) -> Key:
+    number = 0
+    while (layer, name, number) in arrays:
+        number += 1
+    return layer, name, number
+
+
+def _checked(data: Any, layer: Layer, steps: tuple[int, ...], name: str, plan: Plan) -> Any:
+    if callable(data):
+        if name == "seed" or steps:
+            raise ArgumentError(f"A {name}{' by step' if steps else ''} must be an array or a number, got a function.")
+        if layer.output in plan.needed:
+            raise ArgumentError(
+                f"A mask that is a function cannot stand at the layer {layer.address} at {layer.source}: a rule above it "
+                "(Flat, WSquare, ZBox, bias='distribute', a relevance function) hands it relevance that is not of the form "
+                "value * coefficient. Use another rule there, or an array as a mask."
+            )
+        return _linear(data, layer)
+    array = jnp.asarray(data)
+    shape, output = jnp.shape(array), layer.output_shape
+    try:
+        fits = shape[: len(steps)] == steps and jnp.broadcast_shapes(shape[len(steps) :], output) == output
+    except ValueError:
+        fits = False
+    if not fits:
+        by_step = f" with one leading axis for each loop, {steps}" if steps else ""
+        raise ArgumentError(
+            f"The {name} has the shape {shape}, which does not broadcast to the output {output} of the layer "
+            f"{layer.address} at {layer.source}{by_step}. Channels are usually the last axis: (channels,) is enough."
+        )
+    return array
+
+
+def _linear(function: Any, layer: Layer) -> Any:
+    def mask(a):
+        out = function(a)
+        if jnp.shape(out) != a.shape:
+            raise ArgumentError(
+                f"The mask function returned the shape {jnp.shape(out)} for the output {a.shape} of the layer "
+                f"{layer.address} at {layer.source}; it must return an array of the same shape."
+            )
+        return out.astype(a.dtype)
+
+    return mask
+
+
+def _exclude(section: Section, chosen: frozenset[Layer], around, explained: int, blocked: dict[Any, frozenset[Value]]):
+    for layer in chosen:
+        if any(eqn.name not in REMAT for eqn in around[layer]):
+            raise ArgumentError(
+                f"exclusive=True at the layer {layer.address} at {layer.source}: inside of a `{around[layer][-1].name}` it "
+                "is not clear which branches are parallel to it. Conditions there must not be exclusive."
+            )
+    inside = _downstream(section, [False] * len(section.program.inputs), chosen, blocked)
+    for value, on in list(zip(section.program.outputs, inside, strict=True))[:explained]:
+        if value in section.live and not on:
+            raise ArgumentError(
+                f"exclusive=True: an explained output {value.dtype}{list(value.shape)} does not depend on the layers "
+                f"{', '.join(layer.address for layer in chosen)}, so no relevance comes by them. Explain the others alone."
+            )
+
+
+def _downstream(section: Section, flags: list[bool], chosen: frozenset[Layer], blocked) -> list[bool]:
+    """Which outputs depend on `chosen` layers; adds to `blocked` the operands by which relevance would go past them.
+
+    Such an operand does not depend on the layers itself, and is read by something, not one of them, that does.
+    """
+    inside = {v for v, on in zip(section.program.inputs, flags, strict=True) if on}
+
+    def visit(place, reads, writes):
+        if any(v in inside for v in reads):
+            inside.update(writes)
+            blocked[place] = blocked.get(place, frozenset()) | {v for v in reads if v not in inside}
+
+    for step in section.steps:
+        if isinstance(step, Layer):
+            if step in chosen:
+                inside.add(step.output)
+            else:
+                visit(step, step.live, [step.output])
+        elif isinstance(step, Plain):
+            for eqn in step.equations:
+                visit(eqn, [v for v in eqn.inputs if v in section.live], eqn.outputs)
+        elif isinstance(step, Call) and not chosen.isdisjoint(step.bodies[0].layers()):
+            found = _downstream(step.bodies[0], [v in inside for v in step.equation.inputs], chosen, blocked)
+            inside.update(v for v, on in zip(step.equation.outputs, found, strict=True) if on)
+        else:
+            call = step.equation
+            visit(call, [v for v in call.inputs if v in section.live], call.outputs)
+    return [v in inside for v in section.program.outputs]

@@ -1,0 +1,106 @@
+"""Relevance at inner layers: value, coefficient and relevance at the output of every layer that a selector matches."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .conditions import select
+from .errors import ArgumentError
+from .pipeline import Fallback, prepare
+from .structure import Layer
+from .taps import Key, loops_around
+
+
+class LayerRelevance(NamedTuple):
+    """What passes the output of a layer, all in its shape; inside of loops with a leading axis for each loop.
+
+    `relevance` is `value * coefficient`, and besides what rules above hand out regardless of the value (Flat, WSquare,
+    ZBox, bias="distribute", relevance functions).
+    """
+
+    value: jax.Array
+    coefficient: jax.Array
+    relevance: jax.Array
+
+
+def relevances(
+    fn: Callable[..., Any],
+    rules: Any,
+    *,
+    at: Any,
+    argnums: int | Sequence[int] = -1,
+    target: Any = None,
+    has_aux: bool = False,
+    parameters: int | Sequence[int] | None = None,
+    fallback: Fallback = None,
+    conditions: Any = (),
+) -> Callable[..., dict[str, LayerRelevance]]:
+    """Transform `fn` into a function that returns the relevance at the outputs of its layers.
+
+    Args:
+        fn, rules, argnums, target, has_aux, parameters, fallback: as in `relprop.explain`.
+        at: which layers, a selector as in rules: a kind, a parameter path, `rp.last("conv")` ... `a | b` for several.
+        conditions: as in `relprop.explain`; a mask at one of the layers has been applied to what is returned.
+
+    Returns:
+        A function of the same arguments that returns `{name: (value, coefficient, relevance)}`. A layer is named by the
+        path of its parameter; where that is not unique, or there is none, `#` and its index in the plan are added. In a
+        `scan` there is a leading axis for its steps; a branch of a `cond` that is not taken has zeros.
+
+    Raises:
+        ArgumentError: `at` matches no layer, or one inside of a `shard_map`, whose arrays are not whole.
+
+    Example:
+        >>> import jax.numpy as jnp, relprop as rp
+        >>> params = {"up": jnp.array([[1.0, 2.0], [0.0, 1.0]]), "down": jnp.array([1.0, 1.0])}
+        >>> fn = lambda params, x: jnp.maximum(x @ params["up"], 0) @ params["down"]
+        >>> found = rp.relevances(fn, None, at=rp.path("up"))(params, jnp.array([1.0, 2.0]))
+        >>> found["up"].relevance.tolist()
+        [1.0, 4.0]
+    """
+
+    def located(*args, **kwargs):
+        planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
+        around = {step: calls for step, calls in planned.plan.section.walk() if isinstance(step, Layer)}
+        layers = [entry.layer for entry in planned.plan]
+        slots: dict[Key, Any] = {}
+        for layer in select(at, layers, "at"):
+            if any(eqn.name == "shard_map" for eqn in around[layer]):
+                raise ArgumentError(
+                    f"The layer {layer.address} at {layer.source} is inside of a `shard_map`, where each device has a "
+                    "part of its output. Let the function return it, or ask for layers outside."
+                )
+            zeros = jnp.zeros((*loops_around(around[layer]), *layer.output_shape), layer.output.dtype)
+            slots[layer, "kept", 0] = LayerRelevance(zeros, zeros, zeros)
+        taps = planned.taps
+        taps = dataclasses.replace(
+            taps,
+            arrays={**taps.arrays, **slots},
+            stepped=taps.stepped | slots.keys(),
+            gauge=lambda key, *seen: _gauge(*seen),
+        )
+        run = planned.run(taps)
+        _, measured = run.measured(planned.seeds(run))
+        names = name_layers(layers)
+        return {names[layer]: measured[layer, "kept", 0] for layer, _, _ in slots if isinstance(layer, Layer)}
+
+    return located
+
+
+def _gauge(arrays, coefficients, relevances) -> LayerRelevance:
+    (a,), (c,), (r,) = arrays, coefficients, relevances
+    return LayerRelevance(a, c, a * c if r is None else a * c + r)
+
+
+def name_layers(layers: Sequence[Layer]) -> dict[Layer, str]:
+    """A unique name for each layer: its parameter path, else its address or kind with its index."""
+    paths = [layer.path for layer in layers]
+    return {
+        layer: layer.path
+        if layer.path is not None and paths.count(layer.path) == 1
+        else f"{layer.kind if layer.address == '-' else layer.address}#{layer.index}"
+        for layer in layers
+    }

@@ -1,0 +1,153 @@
+"""What happens to relevance on its way: the hooks of the interpreter that filter it, start it and measure it.
+
+All of them are identities in value. A *mask* changes the coefficient at a layer's output, a *seed* makes it a source of
+relevance, and a *slot* is an array of zeros whose cotangent is what a gauge reads off the relevance that passes: so
+measurements come out of the pass backwards as derivatives do, stacked by step where the place is inside of a loop.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .jaxprs import Equation, Value
+from .layers import LayerView
+from .rules.base import Rule
+from .structure import LINEAR_KINDS, Layer, Plain, Section
+from .surrogate import scale_tangent, wide_dtype, widen, with_tangent
+
+Place = Layer | Equation
+# What is kept for a place, by name: "mask" and "seed" of its output; the slots "into" (what it hands on), "out" (what
+# reaches it), "kept" (what its masks leave of that); "marks" and "mark relatives", see `marked`.
+Key = tuple[Place, str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """Hooks by place. `arrays` holds masks, seeds and slots; those in `stepped` have one leading axis for each loop around.
+
+    `blocked` are values that a place hands nothing to. `gauge(key, values, coefficients, relatives)` is what a slot
+    receives, a pytree like the slot.
+    """
+
+    arrays: Mapping[Key, Any] = dataclasses.field(default_factory=dict)
+    stepped: frozenset[Key] = frozenset()
+    blocked: Mapping[Any, frozenset[Value]] = dataclasses.field(default_factory=dict)
+    gauge: Callable[..., Any] | None = None
+
+    def into(self, place: Place, values: Sequence[Value], arrays: list, relatives: list) -> tuple[list, list]:
+        """The live operands `values` of a place, as it is to see them."""
+        arrays, relatives = self._measured((place, "into", 0), arrays, relatives)
+        for i, value in enumerate(values):
+            if value in self.blocked.get(place, ()):
+                arrays[i] = with_tangent(arrays[i], jnp.zeros_like(arrays[i]))
+                relatives[i] = None if relatives[i] is None else jnp.zeros_like(relatives[i])
+        return arrays, relatives
+
+    def out(self, place: Place, arrays: list, relatives: list, started: list) -> tuple[list, list]:
+        """The outputs of a place, as the rest of the program is to see them; adds to `started` what starts here."""
+        arrays, relatives = self._measured((place, "kept", 0), arrays, relatives)
+        for mask in self._all(place, "mask"):
+            arrays = [masked(a, mask) for a in arrays]
+            relatives = [r if r is None else masked(r, mask) for r in relatives]
+        arrays, relatives = self._measured((place, "out", 0), arrays, relatives)
+        for seed in self._all(place, "seed"):
+            started.extend(jnp.sum(a * jnp.broadcast_to(jnp.asarray(seed, a.dtype), a.shape)).real for a in arrays)
+        return arrays, relatives
+
+    def slot(self, place: Place, name: str) -> Any:
+        """The slot of a place, or None."""
+        return self.arrays.get((place, name, 0))
+
+    def _all(self, place: Place, name: str):
+        number = 0
+        while (place, name, number) in self.arrays:
+            yield self.arrays[place, name, number]
+            number += 1
+
+    def _measured(self, key: Key, arrays: list, relatives: list) -> tuple[list, list]:
+        arrays, relatives = list(arrays), list(relatives)
+        if key not in self.arrays or self.gauge is None:
+            return arrays, relatives
+        on = [i for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.inexact)]
+        gauge = self.gauge
+        shown, handed = _through(
+            lambda *measured: gauge(key, *measured), [arrays[i] for i in on], [relatives[i] for i in on], self.arrays[key]
+        )
+        for i, a, r in zip(on, shown, handed, strict=True):
+            arrays[i], relatives[i] = a, r
+        return arrays, relatives
+
+    def scanned(self, body: Section) -> dict[Key, Any]:
+        """What the steps of a loop around `body` get one slice of each."""
+        inside = set(places(body))
+        return {key: self.arrays[key] for key in self.arrays if key in self.stepped and key[0] in inside}
+
+    def at(self, step: Mapping[Key, Any]) -> "Taps":
+        """The taps of one step of a loop."""
+        return dataclasses.replace(self, arrays={**self.arrays, **step})
+
+
+def places(section: Section):
+    """All layers and plain equations of a section, those of bodies included, in order of execution."""
+    for step in section.flat():
+        yield from step.equations if isinstance(step, Plain) else (step,)
+
+
+def loops_around(calls: Sequence[Equation]) -> tuple[int, ...]:
+    """The numbers of steps of the loops among `calls`, from the outermost inwards."""
+    return tuple(eqn.params["length"] for eqn in calls if eqn.name == "scan")
+
+
+def masked(array: jax.Array, mask: Any) -> jax.Array:
+    """`array`, whose coefficient is multiplied by `mask`, or goes through the transpose of `mask` where it is a function."""
+    if callable(mask):
+        return with_tangent(array, mask(array))
+    return scale_tangent(array, jnp.broadcast_to(jnp.asarray(mask, wide_dtype(array)), array.shape))
+
+
+def marked(marks: Any, rule: Any, view: LayerView, z: jax.Array) -> tuple[Any, LayerView, jax.Array]:
+    """A rule, its layer and the layer's output, with bias and stabiliser multiplied by the two `marks`, which are 1.
+
+    The relevance of a mark is then what the rule leaves to the bias, or to the stabiliser. A rule with two parts is left
+    as it is: its relative part gives away again what the other keeps.
+    """
+    if marks is None or (rule.is_relative and type(rule).__call__ is not Rule.__call__):
+        return rule, view, z
+    if any(field.name == "epsilon" for field in getattr(rule, "__dataclass_fields__", {}).values()):
+        epsilon = jnp.asarray(rule.epsilon, jnp.result_type(float, rule.epsilon))
+        rule = dataclasses.replace(rule, epsilon=epsilon * marks[1].astype(epsilon.dtype))
+    if view.kind in LINEAR_KINDS:
+        bias = jnp.where(jnp.isfinite(view.bias), view.bias, jnp.zeros_like(view.bias))
+        scaled = (widen(bias) * marks[0].astype(wide_dtype(bias))).astype(bias.dtype)
+        view = copy.copy(view)
+        vars(view)["bias"] = scaled
+        z = with_tangent(z, z + (scaled - bias))
+    return rule, view, z
+
+
+def _through(measure: Callable[..., Any], arrays: list, relatives: list, slot: Any) -> tuple[list, list]:
+    """Arrays and relatives as they are; the cotangent of `slot` is `measure(arrays, coefficients, relevances)`."""
+
+    @jax.custom_vjp
+    def through(arrays, relatives, slot):
+        return arrays, relatives
+
+    def forward(arrays, relatives, slot):
+        return (arrays, relatives), arrays
+
+    def backward(arrays, cotangents):
+        coefficients, relevances = cotangents
+        return coefficients, relevances, measure(arrays, coefficients, relevances)
+
+    through.defvjp(forward, backward)
+    return through(arrays, relatives, _varying(slot, arrays))
+
+
+def _varying(slot: Any, arrays: list) -> Any:
+    """`slot`, varying over the devices of a `shard_map` as the arrays do: what the devices measure adds up."""
+    axes = frozenset().union(*(getattr(jax.typeof(a), "vma", ()) for a in arrays))
+    return jax.tree.map(lambda s: jax.lax.pcast(s, tuple(axes), to="varying") if axes else s, slot)
