@@ -1,6 +1,6 @@
 """relprop: layer-wise relevance propagation as a JAX function transformation."""
 
-from . import plot, presets, text
+from . import concepts, plot, pool, presets, text
 from .audit import audit
 from .composite import Composite
 from .conditions import condition, start
@@ -26,9 +26,11 @@ from .rules.merge import Norm, ProportionalPool, ResidualGamma
 from .rules.normalisation import Frozen, LocalResponse, Temperature
 from .rules.product import SignalTakeAll, Uniform
 from .rules.relative import Flat, WSquare, ZBox
+from .second_order import Similarity, bilrp, walks
 from .selectors import first, kind, last, optional, path, primitive, scope, where
 from .surrogate import scale_tangent, stabilize, with_tangent
 from .transform import explain, plan, value_and_explain, vjp
+from .windows import relevant_pattern, sliding_window, translated
 
 __version__ = "0.1.0"
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "SignalTakeAll",
+    "Similarity",
     "Stop",
     "TargetError",
     "Temperature",
@@ -71,6 +74,8 @@ __all__ = [
     "ZPlus",
     "Zero",
     "audit",
+    "bilrp",
+    "concepts",
     "condition",
     "explain",
     "first",
@@ -80,17 +85,22 @@ __all__ = [
     "path",
     "plan",
     "plot",
+    "pool",
     "presets",
     "primitive",
     "register",
     "relevances",
+    "relevant_pattern",
     "scale_tangent",
     "scope",
+    "sliding_window",
     "stabilize",
     "start",
     "text",
+    "translated",
     "value_and_explain",
     "vjp",
+    "walks",
     "where",
     "with_tangent",
 ]

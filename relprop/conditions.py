@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from .errors import ArgumentError
@@ -73,7 +74,8 @@ def start(selector: Any, seed: Any = 1.0, *, by_step: bool = False) -> Start:
     Args:
         selector: the layers, as in rules. Where several match, or several starts are given, their relevances add up.
         seed: the coefficient there, an array that broadcasts to the layer's output: the relevance that starts is
-            `value * seed`. One-hot over channels explains the activation of one channel.
+            `value * seed`. One-hot over channels explains the activation of one channel. Or a function from the value to
+            such an array, `lambda a: a == a.max()` for the unit that is most active.
         by_step: the seed has one leading axis for each loop that the layer is in, with an entry per step.
 
     Returns:
@@ -141,8 +143,10 @@ def _free(arrays: dict[Key, Any], layer: Layer, name: str) -> Key:
 
 def _checked(data: Any, layer: Layer, steps: tuple[int, ...], name: str, plan: Plan) -> Any:
     if callable(data):
-        if name == "seed" or steps:
-            raise ArgumentError(f"A {name}{' by step' if steps else ''} must be an array or a number, got a function.")
+        if steps:
+            raise ArgumentError(f"A {name} by step must be an array, got a function; it would see one step at a time.")
+        if name == "seed":
+            return lambda a: _fitting(data(a), layer, (), name)
         if layer.output in plan.needed:
             raise ArgumentError(
                 f"A mask that is a function cannot stand at the layer {layer.address} at {layer.source}: a rule above it "
@@ -150,6 +154,11 @@ def _checked(data: Any, layer: Layer, steps: tuple[int, ...], name: str, plan: P
                 "value * coefficient. Use another rule there, or an array as a mask."
             )
         return _linear(data, layer)
+    return _fitting(data, layer, steps, name)
+
+
+def _fitting(data: Any, layer: Layer, steps: tuple[int, ...], name: str) -> jax.Array:
+    """`data` as an array that broadcasts to the layer's output."""
     array = jnp.asarray(data)
     shape, output = jnp.shape(array), layer.output_shape
     try:

@@ -55,7 +55,8 @@ class Taps:
             relatives = [r if r is None else masked(r, mask) for r in relatives]
         arrays, relatives = self._measured((place, "out", 0), arrays, relatives)
         for seed in self._all(place, "seed"):
-            started.extend(jnp.sum(a * jnp.broadcast_to(jnp.asarray(seed, a.dtype), a.shape)).real for a in arrays)
+            given = [seed(a) if callable(seed) else seed for a in arrays]
+            started.extend(jnp.sum(masked(a, s)).real for a, s in zip(arrays, given, strict=True))
         return arrays, relatives
 
     def slot(self, place: Place, name: str) -> Any:

@@ -1,5 +1,18 @@
-"""Concepts: directions and subspaces of a layer that carry the relevance of a decision."""
+"""Concepts: channels with their reference examples, directions and subspaces of a layer that carry relevance."""
 
+from .references import Ranking, References, receptive_field, references
 from .subspaces import Components, Moments, Subspaces, drsa, prca, projector, subspace_relevance
 
-__all__ = ["Components", "Moments", "Subspaces", "drsa", "prca", "projector", "subspace_relevance"]
+__all__ = [
+    "Components",
+    "Moments",
+    "Ranking",
+    "References",
+    "Subspaces",
+    "drsa",
+    "prca",
+    "projector",
+    "receptive_field",
+    "references",
+    "subspace_relevance",
+]

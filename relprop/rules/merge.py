@@ -86,19 +86,22 @@ class ProportionalPool(Rule):
         check_number(self, "epsilon")
 
     def __call__(self, layer, x, z):
-        params = layer.info.core.params
-        if layer.info.core.name == "reduce_max":
-            total = jnp.sum(x, params["axes"])
-        else:
-            total = lax.reduce_window(
-                x,
-                x.dtype.type(0),  # not a tracer, or JAX would not see that this is a sum
-                lax.add,
-                params["window_dimensions"],
-                params["window_strides"],
-                params["padding"],
-                params["base_dilation"],
-                params["window_dilation"],
-            )
-        stable = stabilize(widen(total), self.epsilon)
+        stable = stabilize(widen(window_sum(layer, x)), self.epsilon)
         return scale_tangent(stable.astype(z.dtype), quotient(z, stable))
+
+
+def window_sum(layer, x) -> jax.Array:
+    """The sums over the windows of a max pooling."""
+    params = layer.info.core.params
+    if layer.info.core.name == "reduce_max":
+        return jnp.sum(x, params["axes"])
+    return lax.reduce_window(
+        x,
+        x.dtype.type(0),  # not a tracer, or JAX would not see that this is a sum
+        lax.add,
+        params["window_dimensions"],
+        params["window_strides"],
+        params["padding"],
+        params["base_dilation"],
+        params["window_dilation"],
+    )
