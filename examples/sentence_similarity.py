@@ -28,17 +28,10 @@ SHORT = ["A cat sleeps.", "The kitten is napping."]
 PRESETS = {"cp_lrp": rp.presets.cp_lrp(), "attn_lrp": rp.presets.attn_lrp()}
 
 
-def explain_embedding(params, tokens, rules):
-    """The embedding (features,) of integer `tokens` (time,), and the relevance of each for each feature (time, features)."""
-    embedding, pullback = rp.vjp(minilm, rules, params, tokens)
-    # One forward pass; the feature that is explained has all of its value as relevance, the others none.
-    return embedding, jax.vmap(pullback, out_axes=1)(jnp.diag(embedding))
-
-
 def merge(tokens, relevance):
-    """The words of word pieces, and their relevance (words, features)."""
-    merged = [words(tokens, column, marker="##") for column in np.asarray(relevance, np.float64).T]
-    return merged[0][0], np.stack([column for _, column in merged], axis=1)
+    """The words of word pieces, and their relevance (features, words) from that of the pieces (features, time)."""
+    merged = [words(tokens, row, marker="##") for row in np.asarray(relevance, np.float64)]
+    return merged[0][0], np.stack([row for _, row in merged])
 
 
 def draw(joint, left, right, title):
@@ -72,34 +65,26 @@ def main():
     except (OSError, ImportError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
-    explained = jax.jit(lambda params, tokens: explain_embedding(params, tokens, PRESETS[arguments.preset]))
-    embeddings, labels, relevances = [], [], []
-    for sentence in sentences:
-        encoded = tokenizer.encode(sentence)
-        embedding, relevance = explained(params, jnp.asarray(encoded.ids, jnp.int32))
-        label, relevance = merge(encoded.tokens, relevance)
-        embeddings.append(np.asarray(embedding, np.float64))
-        labels.append(label)
-        relevances.append(relevance)
-    cosine = embeddings[0] @ embeddings[1]
-    joint = relevances[0] @ relevances[1].T
+    encoded = [tokenizer.encode(sentence) for sentence in sentences]
+    explain = jax.jit(rp.bilrp(minilm, PRESETS[arguments.preset]))
+    found = explain(params, *(jnp.asarray(each.ids, jnp.int32) for each in encoded))
+    left, of_left = merge(encoded[0].tokens, found.left)
+    right, of_right = merge(encoded[1].tokens, found.right)
+    joint = of_left.T @ of_right
 
-    width = max(len(word) for word in labels[0])
-    print(" " * width, *(f"{word:>8.8}" for word in labels[1]))
-    for word, row in zip(labels[0], joint, strict=True):
+    width = max(len(word) for word in left)
+    print(" " * width, *(f"{word:>8.8}" for word in right))
+    for word, row in zip(left, joint, strict=True):
         print(f"{word:>{width}}", *(f"{value:8.3f}" for value in row))
 
     # A feature that its words do not sum to has the rest from biases and positions (attn_lrp: and from the softmax).
-    rest = [embedding - relevance.sum(0) for embedding, relevance in zip(embeddings, relevances, strict=True)]
-    mixed = relevances[0].sum(0) @ rest[1] + rest[0] @ relevances[1].sum(0)
     print(f"\nwords with words {joint.sum():7.3f}  (the sum of the table)")
-    print(f"words with biases {mixed:6.3f}")
-    print(f"biases with biases {rest[0] @ rest[1]:5.3f}")
-    print(f"the cosine       {cosine:7.3f}")
+    print(f"with biases      {found.kept:7.3f}  (of words with them, and among themselves)")
+    print(f"the cosine       {found.value:7.3f}")
     print("Biases and positions take part too; where they speak against, the sum of the words exceeds the cosine.")
 
-    title = f"cosine {cosine:.3f}, sum {joint.sum():.3f}"
-    draw(joint, *labels, title).savefig(arguments.out, dpi=120)
+    title = f"cosine {found.value:.3f}, sum {joint.sum():.3f}"
+    draw(joint, left, right, title).savefig(arguments.out, dpi=120)
     print(f"\nwhich words go together: {arguments.out.resolve()}")
 
 

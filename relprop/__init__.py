@@ -27,7 +27,7 @@ from .rules.normalisation import Frozen, LocalResponse, Temperature
 from .rules.product import SignalTakeAll, Uniform
 from .rules.relative import Flat, WSquare, ZBox
 from .second_order import Similarity, bilrp, walks
-from .selectors import first, kind, last, optional, path, primitive, scope, where
+from .selectors import first, kind, last, optional, path, primitive, scope, until, where
 from .surrogate import scale_tangent, stabilize, with_tangent
 from .transform import explain, plan, value_and_explain, vjp
 from .windows import relevant_pattern, sliding_window, translated
@@ -98,6 +98,7 @@ __all__ = [
     "start",
     "text",
     "translated",
+    "until",
     "value_and_explain",
     "vjp",
     "walks",

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from .composite import Composite
+from .composite import Composite, as_composite
 from .errors import RuleError
 from .rules.activation import Deconvnet, GuidedBackprop
 from .rules.affine import AlphaBeta, Epsilon, Gamma, Zero, ZPlus
@@ -13,7 +13,7 @@ from .rules.base import Graded
 from .rules.merge import Norm, ProportionalPool, ResidualGamma
 from .rules.product import SignalTakeAll
 from .rules.relative import Flat, WSquare, ZBox
-from .selectors import Selector, first, kind, optional, where
+from .selectors import Selector, first, kind, optional, until, where
 
 
 def _composite(*pairs: tuple[Any, Any]) -> Composite:
@@ -81,6 +81,23 @@ def deconvnet() -> Composite:
     Relevance is input times the deconvnet signal; `explain(..., coefficients=True)` returns the signal itself.
     """
     return _composite(("activation", Deconvnet()))
+
+
+def flat_until(selector: Any, rules: Any) -> Composite:
+    """`rules`, with Flat at every layer with weights up to `selector`: the depth to which relevance is decomposed.
+
+    Below that layer relevance is spread over what each unit sees, whatever the input there: a picture as coarse as the
+    layer is, without its noise (Bach et al. 2016, "Controlling explanatory heatmap resolution and semantics").
+
+    Example:
+        >>> import relprop as rp
+        >>> rp.presets.flat_until("params/Conv_1/kernel", rp.presets.epsilon_plus())
+        Composite:
+          (until(path('params/Conv_1/kernel')) & kind('affine')): Flat()
+          kind('conv'): ZPlus()
+          kind('dense'): Epsilon()
+    """
+    return Composite([(until(selector) & kind("affine"), Flat()), *as_composite(rules)])
 
 
 def lstm(epsilon=1e-3, accumulator=0.0) -> Composite:

@@ -108,6 +108,26 @@ def _edge(selector: Selector, name: str, part: slice) -> Selector:
     return Selector(matches, f"{name}({selector.text})", selector.required)
 
 
+def until(selector: Any) -> Selector:
+    """All layers up to the last match of `selector`, in order of execution, that one included.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, relprop as rp
+        >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3)), "c": jnp.ones((3, 1))}
+        >>> fn = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+        >>> rules = [(rp.until(rp.path("b")) & "affine", rp.Flat()), ("affine", rp.Epsilon(0.0))]
+        >>> [type(e.rule).__name__ for e in rp.plan(fn, rules)(params, jnp.ones((1, 2))) if e.layer.path]
+        ['Flat', 'Flat', 'Epsilon']
+    """
+    inner = as_selector(selector)
+
+    def matches(layers):
+        found = [i for i, on in enumerate(inner.matches(layers)) if on][-1:]
+        return [bool(found) and i <= found[0] for i in range(len(layers))]
+
+    return Selector(matches, f"until({inner.text})", inner.required)
+
+
 def optional(selector: Any) -> Selector:
     """The same layers, without a warning when there are none."""
     return dataclasses.replace(as_selector(selector), required=False)

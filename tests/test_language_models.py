@@ -180,54 +180,47 @@ def join(rest, added):
     return jax.tree.map(lambda a, b: b if a is None else a, rest, added, is_leaf=lambda leaf: leaf is None)
 
 
-@functools.cache
-def bilrp_of(sentence):
-    """Words, embedding (features,) and relevance (words, features) of a sentence."""
-    import sentence_similarity
-
-    params, tokenizer = encoder()
-    encoded = tokenizer.encode(sentence)
-    tokens = jnp.asarray(encoded.ids, jnp.int32)
-    rules = [("affine", rp.Zero()), *rp.presets.cp_lrp()]
-    embedding, relevance = jax.jit(lambda p, t: sentence_similarity.explain_embedding(p, t, rules))(params, tokens)
-    merged, relevance = sentence_similarity.merge(encoded.tokens, relevance)
-    return merged, np.asarray(embedding, np.float64), relevance
-
-
 PAIR = ("The cat sleeps on the sofa.", "A kitten is napping on the couch.")
 
 
 @with_minilm
-def test_words_and_biases_have_all_of_each_feature_of_the_embedding():
+def test_pairs_of_words_and_biases_sum_to_the_cosine():
+    """The relevance of all that is added (biases, positions) stands beside that of the words, as one more of them."""
     params, tokenizer = encoder()
-    tokens = jnp.asarray(tokenizer.encode(PAIR[0]).ids, jnp.int32)
+    rest, added = split(params)
+    tokens = [jnp.asarray(tokenizer.encode(sentence).ids, jnp.int32) for sentence in PAIR]
     rules = [("affine", rp.Zero()), *rp.presets.cp_lrp()]
 
+    def words_and_biases(relevance):
+        of_added, of_tokens = relevance
+        return jnp.append(of_tokens, sum(leaf.sum() for leaf in jax.tree.leaves(of_added)))
+
     @jax.jit
-    def account(rest, added):
+    def explain(rest, added, x, y):
         def fn(added, tokens):
             return minilm.minilm(join(rest, added), tokens)
 
-        embedding, pullback = rp.vjp(fn, rules, added, tokens, argnums=(0, 1))
+        return rp.bilrp(fn, rules, argnums=(0, 1), pool=words_and_biases, batch_size=32)(added, x, y)
 
-        def share(feature):
-            given = jnp.where(jnp.arange(len(embedding)) == feature, embedding, 0.0)
-            of_added, of_tokens = pullback(given)
-            return of_tokens.sum(), sum(leaf.sum() for leaf in jax.tree.leaves(of_added))
-
-        return embedding[:8], *jax.lax.map(share, jnp.arange(8))
-
-    embedding, in_words, in_biases = account(*split(params))
-    assert np.abs(in_biases).max() > 0.01  # they do absorb
-    np.testing.assert_allclose(in_words + in_biases, embedding, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(in_words, bilrp_of(PAIR[0])[2].sum(0)[:8], rtol=0, atol=1e-5)
+    found = explain(rest, added, *tokens)
+    assert np.abs(found.left[:, -1]).max() > 0.01  # biases do absorb
+    np.testing.assert_allclose(found.joint.sum(), found.value, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.left_kept, 0, atol=1e-6)
 
 
 @with_minilm
 def test_similar_words_go_together():
-    (left, embedding, relevance), (right, other, other_relevance) = map(bilrp_of, PAIR)
-    joint = relevance @ other_relevance.T
-    assert embedding @ other == pytest.approx(0.741, abs=1e-3)
+    import sentence_similarity
+
+    params, tokenizer = encoder()
+    encoded = [tokenizer.encode(sentence) for sentence in PAIR]
+    rules = [("affine", rp.Zero()), *rp.presets.cp_lrp()]
+    found = jax.jit(rp.bilrp(minilm.minilm, rules))(params, *(jnp.asarray(each.ids, jnp.int32) for each in encoded))
+    left, of_left = sentence_similarity.merge(encoded[0].tokens, found.left)
+    right, of_right = sentence_similarity.merge(encoded[1].tokens, found.right)
+    joint = of_left.T @ of_right
+    assert float(found.value) == pytest.approx(0.741, abs=1e-3)
+    np.testing.assert_allclose(joint.sum() + found.kept, found.value, rtol=0, atol=1e-5)
     for word, counterpart in {"cat": "kitten", "sleeps": "napping", "sofa": "couch", "on": "on"}.items():
         row, column = joint[left.index(word)], joint[:, right.index(counterpart)]
         assert right[np.argmax(row)] == counterpart
