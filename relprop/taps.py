@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from .jaxprs import Equation, Value
 from .layers import LayerView
-from .rules.base import Rule
 from .structure import LINEAR_KINDS, Layer, Plain, Section
 from .surrogate import scale_tangent, wide_dtype, widen, with_tangent
 
@@ -116,9 +115,9 @@ def marked(marks: Any, rule: Any, view: LayerView, z: jax.Array) -> tuple[Any, L
     The relevance of a mark is then what the rule leaves to the bias, or to the stabiliser. A rule with two parts is left
     as it is: its relative part gives away again what the other keeps.
     """
-    if marks is None or (rule.is_relative and type(rule).__call__ is not Rule.__call__):
+    if marks is None or (rule.is_relative and rule.has_coefficients):
         return rule, view, z
-    if any(field.name == "epsilon" for field in getattr(rule, "__dataclass_fields__", {}).values()):
+    if hasattr(rule, "epsilon") and dataclasses.is_dataclass(type(rule)):
         epsilon = jnp.asarray(rule.epsilon, jnp.result_type(float, rule.epsilon))
         rule = dataclasses.replace(rule, epsilon=epsilon * marks[1].astype(epsilon.dtype))
     if view.kind in LINEAR_KINDS:

@@ -56,13 +56,18 @@ class Rule:
         """Whether the rule has a relative part. Static: the planner asks before anything runs."""
         return type(self).relative is not Rule.relative
 
+    @property
+    def has_coefficients(self) -> bool:
+        """Whether the rule has a part that is proportional to the input."""
+        return type(self).__call__ is not Rule.__call__
+
     def at(self, rank: int, count: int) -> "Rule":
         """The rule for the layer with the given rank among the `count` layers that its selector matches."""
         return self
 
     def check(self, info) -> None:
         """Raise `RuleError` when the rule has no meaning at the layer `info`."""
-        if type(self).__call__ is Rule.__call__ and not self.is_relative:
+        if not self.has_coefficients and not self.is_relative:
             raise RuleError(f"The rule {type(self).__name__} defines neither `__call__` nor `relative`: it says nothing.")
         if not set(self.kinds).intersection(info.kinds):
             raise RuleError(
@@ -129,6 +134,11 @@ class Graded(Rule):
     """
 
     make: Callable[[float], Any]
+
+    @property
+    def has_coefficients(self) -> bool:
+        """Whether the rule has a part that is proportional to the input."""
+        return type(self).__call__ is not Rule.__call__
 
     def at(self, rank: int, count: int) -> Rule:
         return as_rule(self.make(rank / max(count - 1, 1)))
