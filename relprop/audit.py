@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from . import primitives as prims
 from .arguments import normalise_argnums
@@ -19,7 +21,7 @@ from .jaxprs import Equation, Value
 from .pipeline import Fallback, Planned, prepare
 from .report import CAUSES, Audit, Line
 from .structure import Layer, Plain
-from .taps import Key, Place, loops_around
+from .taps import Key, Place, loops_around, relevance, varying_over
 
 
 def audit(
@@ -72,12 +74,6 @@ def audit(
     """
 
     def audited(*args, **kwargs):
-        if strict and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-            raise ArgumentError(
-                "strict=True looks at values, which are not known under jit, vmap and other transformations. Leave it out "
-                "there and call `check()` on the audit that comes back."
-            )
-
         def one(args, target):
             planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
             return _audit(planned, by_step)
@@ -102,7 +98,10 @@ def _by_example(one, args, target, argnums, parameters) -> Audit:
         raise ArgumentError(
             f"batched=True: the explained arguments need one leading axis of one length, the batch; theirs are {sizes}."
         )
-    along = not callable(target) and target is not None and not isinstance(target, str) and jnp.ndim(target) > 0
+    (size,) = sizes.pop()
+    along = not callable(target) and target is not None and not isinstance(target, str) and np.ndim(target) > 0
+    if along and np.shape(target)[0] != size:
+        raise ArgumentError(f"batched=True: the target has the shape {np.shape(target)}, but there are {size} examples.")
 
     def example(mapped, target):
         given = [m if n in numbers else arg for n, (arg, m) in enumerate(zip(args, mapped, strict=True))]
@@ -174,13 +173,12 @@ def _gauge(arrays, coefficients, relevances):
     dtype = jnp.result_type(float)
     total, largest, bad = jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
     for a, c, r in zip(arrays, coefficients, relevances, strict=True):
-        # An infinite element (a mask) has no relevance, and infinity times its coefficient 0 is none either.
-        masked = jnp.isinf(a) & (c == 0)
-        relevance = jnp.real(jnp.where(masked, jnp.zeros_like(a), a).astype(_wide(a)) * c.astype(_wide(a))).astype(dtype)
-        relevance = relevance if r is None else relevance + r.astype(dtype)
-        total += relevance.sum()
+        passed = jnp.real(relevance(a.astype(_wide(a)), c.astype(_wide(a)), r if r is None else r.astype(_wide(a))))
+        total += passed.sum().astype(dtype)
         largest = jnp.maximum(largest, jnp.max(jnp.abs(c), initial=0).astype(dtype))
-        bad += (~jnp.isfinite(relevance)).sum().astype(dtype)
+        bad += (~jnp.isfinite(passed)).sum().astype(dtype)
+    if axes := varying_over(arrays):  # what devices measure adds up
+        largest = lax.pmax(largest, axes) / lax.psum(1, axes)
     return jnp.stack([total, largest, bad])
 
 
@@ -216,7 +214,8 @@ def _line(place: Place, rule: Any, measured: dict[Key, Any], blocked, by_step: b
         marks = measured[place, "marks", 0] + measured[place, "mark relatives", 0]
     absorbed = dict.fromkeys(CAUSES, jnp.zeros(steps, out.dtype))
     absorbed["bias"], absorbed["epsilon"] = marks[..., 0], marks[..., 1]
-    absorbed["condition"] = out[..., 0] - kept[..., 0]
+    if kept is not out:
+        absorbed["condition"] = out[..., 0] - kept[..., 0]
     cause = "condition" if blocked.get(place) else _cause(place, rule)
     absorbed[cause] += kept[..., 0] - into[..., 0] - marks.sum(-1)
     axes = () if by_step else tuple(range(len(steps)))

@@ -98,7 +98,7 @@ def resolve(conditions: Any, plan: Plan, explained: int) -> Taps:
     Raises:
         ArgumentError: a condition matches nothing, does not fit, or stands where it cannot be kept.
     """
-    given = [conditions] if isinstance(conditions, Condition | Start) else list(conditions)
+    given = [conditions] if isinstance(conditions, Condition | Start) else list(conditions or ())
     layers = [entry.layer for entry in plan]
     around = {step: calls for step, calls in plan.section.walk() if isinstance(step, Layer)}
     arrays: dict[Key, Any] = {}
@@ -107,7 +107,7 @@ def resolve(conditions: Any, plan: Plan, explained: int) -> Taps:
     for item in given:
         if not isinstance(item, Condition | Start):
             raise ArgumentError(f"conditions are made by `relprop.condition` and `relprop.start`, got {item!r}.")
-        chosen = select(item.selector, layers, "The condition" if isinstance(item, Condition) else "The start")
+        chosen = select(item.selector, layers, "The condition at" if isinstance(item, Condition) else "The start at")
         name, data = ("mask", item.mask) if isinstance(item, Condition) else ("seed", item.seed)
         for layer in chosen:
             key = _free(arrays, layer, name)
@@ -130,7 +130,7 @@ def select(selector: Any, layers: Sequence[Layer], what: str) -> list[Layer]:
     chosen = [layer for layer, on in zip(layers, selector.matches(layers), strict=True) if on]
     if not chosen:
         present = ", ".join(dict.fromkeys(layer.path or layer.kind for layer in layers)) or "none"
-        raise ArgumentError(f"{what} at {selector} matches no layer. Layers here: {present}.")
+        raise ArgumentError(f"{what} {selector} matches no layer. Layers here: {present}.")
     return chosen
 
 
@@ -159,7 +159,10 @@ def _checked(data: Any, layer: Layer, steps: tuple[int, ...], name: str, plan: P
 
 def _fitting(data: Any, layer: Layer, steps: tuple[int, ...], name: str) -> jax.Array:
     """`data` as an array that broadcasts to the layer's output."""
-    array = jnp.asarray(data)
+    try:
+        array = jnp.asarray(data)
+    except TypeError as error:
+        raise ArgumentError(f"A {name} is an array, a number or a function, got {data!r}.") from error
     shape, output = jnp.shape(array), layer.output_shape
     try:
         fits = shape[: len(steps)] == steps and jnp.broadcast_shapes(shape[len(steps) :], output) == output

@@ -228,6 +228,13 @@ def trace(fn: Callable, *args) -> tuple[Program, Any]:
     return open_program(jaxpr), shapes
 
 
+def varying_axes(array: Any) -> frozenset[str]:
+    """The axes of a device mesh over which an array varies; none outside of a `shard_map`."""
+    aval = jax.typeof(array)
+    kinds = getattr(aval, "manual_axis_type", None)  # jax 0.10 has moved `vma` there
+    return frozenset(getattr(aval, "vma", ()) if kinds is None else kinds.varying)
+
+
 def scan_groups(params: dict[str, Any]) -> tuple[int, int]:
     """The numbers of constants and of carried values of a `scan`."""
     if "num_consts" in params:

@@ -11,7 +11,7 @@ from .conditions import select
 from .errors import ArgumentError
 from .pipeline import Fallback, prepare
 from .structure import Layer
-from .taps import Key, loops_around
+from .taps import Key, loops_around, relevance
 
 
 class LayerRelevance(NamedTuple):
@@ -48,7 +48,8 @@ def relevances(
     Returns:
         A function of the same arguments that returns `{name: (value, coefficient, relevance)}`. A layer is named by the
         path of its parameter; where that is not unique, or there is none, `#` and its index in the plan are added. In a
-        `scan` there is a leading axis for its steps; a branch of a `cond` that is not taken has zeros.
+        `scan` there is a leading axis for its steps; a branch of a `cond` that is not taken has zeros. The order is that of
+        execution; `jit` sorts by name, as it does with every dictionary.
 
     Raises:
         ArgumentError: `at` matches no layer, or one inside of a `shard_map`, whose arrays are not whole.
@@ -67,7 +68,7 @@ def relevances(
         around = {step: calls for step, calls in planned.plan.section.walk() if isinstance(step, Layer)}
         layers = [entry.layer for entry in planned.plan]
         slots: dict[Key, Any] = {}
-        for layer in select(at, layers, "at"):
+        for layer in select(at, layers, "The selector"):
             if any(eqn.name == "shard_map" for eqn in around[layer]):
                 raise ArgumentError(
                     f"The layer {layer.address} at {layer.source} is inside of a `shard_map`, where each device has a "
@@ -92,7 +93,7 @@ def relevances(
 
 def _gauge(arrays, coefficients, relevances) -> LayerRelevance:
     (a,), (c,), (r,) = arrays, coefficients, relevances
-    return LayerRelevance(a, c, a * c if r is None else a * c + r)
+    return LayerRelevance(a, c, relevance(a, c, r))
 
 
 def name_layers(layers: Sequence[Layer]) -> dict[Layer, str]:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .errors import ArgumentError, RelevanceLossError
@@ -92,7 +93,7 @@ class Audit:
     @property
     def absorbed(self) -> dict[str, Any]:
         """What layers keep, by cause, summed over layers and steps."""
-        zero = self.output * 0
+        zero = jnp.zeros_like(self.output)
         return {cause: sum((line.absorbed[cause] for line in self.summed().lines), start=zero) for cause in CAUSES}
 
     @property
@@ -110,6 +111,18 @@ class Audit:
     def __len__(self) -> int:
         return len(self.lines)
 
+    @property
+    def _is_known(self) -> bool:
+        leaves = jax.tree.leaves(self)
+        return all(isinstance(v, jax.Array | np.ndarray | np.generic) and not isinstance(v, jax.core.Tracer) for v in leaves)
+
+    def _must_be_known(self):
+        if not self._is_known:
+            raise ArgumentError(
+                "The numbers of this audit are not known yet: it was made under jit, vmap or another transformation. Return "
+                "it from there, without strict=True, and call `check()` or `rows()` on what comes back."
+            )
+
     def check(self, tolerance: float = 0.01, ignore: tuple[str, ...] = ()) -> None:
         """Raise an error if a layer keeps more than a share `tolerance` of the output's relevance, or hands on NaN.
 
@@ -121,8 +134,11 @@ class Audit:
         Raises:
             RelevanceLossError: names the layer that loses most, its cause and what can be done.
         """
+        self._must_be_known()
         if not set(ignore) <= set(CAUSES):
             raise ArgumentError(f"ignore={ignore}: causes are {', '.join(CAUSES)}.")
+        if not np.isfinite(np.asarray(self.output)).all():
+            raise RelevanceLossError("The explained output is itself not finite: look at the input and the parameters.")
         for line in reversed(self.lines):  # the first that relevance meets on its way
             if np.any(np.asarray(line.non_finite) > 0):
                 count = int(np.asarray(line.non_finite).sum())
@@ -152,13 +168,14 @@ class Audit:
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines as flat dictionaries of numbers and strings, one for each example and each step that is kept apart."""
+        self._must_be_known()
         found = []
         for line in self.lines:
             arrays = {
                 "out": line.relevance_out,
                 "in": line.relevance_in,
                 "lost": line.lost,
-                **line.absorbed,
+                **{f"kept: {cause}": value for cause, value in line.absorbed.items()},
                 "largest": line.largest,
                 "non_finite": line.non_finite,
             }
@@ -189,7 +206,7 @@ class Audit:
         return pandas.DataFrame(self.rows())
 
     def __repr__(self) -> str:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+        if not self._is_known:
             return f"Audit of {len(self.lines)} lines, traced: its numbers are known once the function has run."
         return _text(self)
 
@@ -205,8 +222,11 @@ jax.tree_util.register_dataclass(Audit, data_fields=["lines", "output", "inputs"
 def _text(audit: Audit) -> str:
     """The sums, and a table of the layers by what they lose; means over the examples of a batch."""
     audit = jax.tree.map(lambda value: np.asarray(value, np.float64), audit.summed())
+    if audit.output.size == 0:
+        return f"Audit of {len(audit.lines)} lines and 0 examples."
     batched = audit.output.ndim > 0
-    scale = max([np.abs(audit.output).mean(), *(np.abs(line.relevance_out).mean() for line in audit.lines)])
+    sizes = [np.abs(v).mean() for v in (audit.output, *(line.relevance_out for line in audit.lines))]
+    scale = max((size for size in sizes if np.isfinite(size)), default=0.0)
     visible = 1e-6 * scale  # below is rounding
 
     def number(value, digits=4) -> str:
@@ -215,6 +235,10 @@ def _text(audit: Audit) -> str:
     def seen(value) -> bool:
         return not np.abs(value).max(initial=0) <= visible
 
+    def rank(line) -> float:
+        lost = np.abs(line.lost)
+        return float(lost.mean()) if np.isfinite(lost).all() else float(np.inf)
+
     summary = [("relevance of the output", number(audit.output, 5))]
     summary += [(f"  arrives at {name}", number(value, 5)) for name, value in audit.inputs.items()]
     summary += [(f"  kept: {cause}", number(value, 5)) for cause, value in audit.absorbed.items() if seen(value)]
@@ -222,33 +246,35 @@ def _text(audit: Audit) -> str:
     width = max(len(label) for label, _ in summary)
     lines = [f"{label:<{width}}  {value:>11}" for label, value in summary]
     if batched:
-        lines[0] += f"   (means over {audit.output.size} examples)"
+        lines[0] += f"   (means over {audit.output.size} examples, layers by the mean of what they lose of either sign)"
 
-    causes = [c for c in CAUSES if any(seen(line.absorbed[c]) for line in audit.lines)]
-    head = ["#", "address", "kind", "rule", "out", "in", "lost", *(["worst [example]"] if batched else []), *causes]
-    head += ["largest c", "not finite", "source"]
+    losing = sorted((line for line in audit.lines if seen(line.lost)), key=rank, reverse=True)
+    causes = [c for c in CAUSES if any(seen(line.absorbed[c]) for line in losing)]
+    broken = any(line.non_finite.any() for line in losing)
+    head = ["#", "address", "kind", "rule", "out", "in", "lost", "of output"]
+    head += [*(["worst [example]"] if batched else []), *causes, "largest c", *(["not finite"] if broken else []), "source"]
     rows = [head]
-    for line in sorted(audit.lines, key=_rank, reverse=True):
-        if line.index < 0 and not seen(line.lost):
-            continue
+    for line in losing:
         row = ["-" if line.index < 0 else str(line.index), line.address, line.kind, line.rule]
         row += [number(value) for value in (line.relevance_out, line.relevance_in, line.lost)]
+        row.append(_share(line.lost.mean(), audit.output.mean()))
         if batched:
             worst = int(np.abs(line.lost).argmax())
             row.append(f"{number(line.lost.ravel()[worst])} [{worst}]")
         row += [number(line.absorbed[c], 3) for c in causes]
-        row += [f"{line.largest.max(initial=0):.3g}", f"{line.non_finite.sum():.0f}", line.source.rpartition("/")[2]]
-        rows.append(row)
+        row += [f"{line.largest.max(initial=0):.3g}", *([f"{line.non_finite.sum():.0f}"] if broken else [])]
+        rows.append([*row, line.source.rpartition("/")[2]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = {0, 1, 2, 3, len(head) - 1}
     table = []
     for row in rows:
         cells = zip(row, widths, strict=True)
         table.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
-    return "\n".join([*lines, "", table[0], "-" * max(map(len, table)), *table[1:]])
+    table = ["", table[0], "-" * max(map(len, table)), *table[1:]] if losing else []
+    layers = sum(line.index >= 0 for line in audit.lines)
+    silent = layers - sum(line.index >= 0 for line in losing)
+    return "\n".join([*lines, *table, *([f"({silent} of {layers} layers keep nothing)"] if silent else [])])
 
 
-def _rank(line: Line) -> float:
-    """What tables are sorted by: the mean of what is lost, whatever its sign; what is not a number comes first."""
-    lost = np.abs(line.lost)
-    return float(lost.mean()) if np.isfinite(lost).all() else float(np.inf)
+def _share(lost: float, output: float) -> str:
+    return f"{lost / output:.1%}" if output and np.isfinite(lost / output) else "-"

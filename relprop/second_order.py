@@ -160,7 +160,7 @@ def walks(
 
     def walked(*args, **kwargs):
         planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, False, fallback)
-        layers = select(at, [entry.layer for entry in planned.plan], "at")
+        layers = select(at, [entry.layer for entry in planned.plan], "The selector")
         around = {step: calls for step, calls in planned.plan.section.walk() if isinstance(step, Layer)}
         for layer in layers:
             if any(eqn.name == "scan" for eqn in around[layer]):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .jaxprs import Equation, Value
+from .jaxprs import Equation, Value, varying_axes
 from .layers import LayerView
 from .structure import LINEAR_KINDS, Layer, Plain, Section
 from .surrogate import scale_tangent, wide_dtype, widen, with_tangent
@@ -54,8 +54,7 @@ class Taps:
             relatives = [r if r is None else masked(r, mask) for r in relatives]
         arrays, relatives = self._measured((place, "out", 0), arrays, relatives)
         for seed in self._all(place, "seed"):
-            given = [seed(a) if callable(seed) else seed for a in arrays]
-            started.extend(jnp.sum(masked(a, s)).real for a, s in zip(arrays, given, strict=True))
+            started.extend(_started(a, seed(a) if callable(seed) else seed) for a in arrays)
         return arrays, relatives
 
     def slot(self, place: Place, name: str) -> Any:
@@ -129,6 +128,19 @@ def marked(marks: Any, rule: Any, view: LayerView, z: jax.Array) -> tuple[Any, L
     return rule, view, z
 
 
+def relevance(array: jax.Array, coefficient: jax.Array, relative: jax.Array | None) -> jax.Array:
+    """`array * coefficient + relative`. What is infinite (a mask) and has the coefficient 0 has no relevance."""
+    void = jnp.isinf(array) & (coefficient == 0)
+    proportional = jnp.where(void, jnp.zeros_like(array), array) * coefficient
+    return proportional if relative is None else proportional + relative
+
+
+def _started(array: jax.Array, seed: Any) -> jax.Array:
+    """The relevance `sum(array * seed)`, whose coefficient is `seed`."""
+    total = jnp.sum(array * jnp.broadcast_to(jnp.asarray(seed, array.dtype), array.shape)).real
+    return with_tangent(total, jnp.sum(masked(array, seed)).real)
+
+
 def _through(measure: Callable[..., Any], arrays: list, relatives: list, slot: Any) -> tuple[list, list]:
     """Arrays and relatives as they are; the cotangent of `slot` is `measure(arrays, coefficients, relevances)`."""
 
@@ -149,5 +161,10 @@ def _through(measure: Callable[..., Any], arrays: list, relatives: list, slot: A
 
 def _varying(slot: Any, arrays: list) -> Any:
     """`slot`, varying over the devices of a `shard_map` as the arrays do: what the devices measure adds up."""
-    axes = frozenset().union(*(getattr(jax.typeof(a), "vma", ()) for a in arrays))
-    return jax.tree.map(lambda s: jax.lax.pcast(s, tuple(axes), to="varying") if axes else s, slot)
+    axes = varying_over(arrays)
+    return jax.tree.map(lambda s: jax.lax.pcast(s, axes, to="varying") if axes else s, slot)
+
+
+def varying_over(arrays: Sequence[Any]) -> tuple[str, ...]:
+    """The axes of a device mesh over which any of the arrays varies, in a `shard_map`."""
+    return tuple(frozenset[str]().union(*map(varying_axes, arrays)))

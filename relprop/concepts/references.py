@@ -113,7 +113,7 @@ def references(
 
 
 def _only(planned: Plan, at: Any) -> Layer:
-    chosen = select(at, [entry.layer for entry in planned], "at")
+    chosen = select(at, [entry.layer for entry in planned], "The selector")
     if len(chosen) != 1:
         raise ArgumentError(f"References are of one layer, but {at!r} matches {len(chosen)}: {[c.address for c in chosen]}.")
     return chosen[0]
