@@ -226,7 +226,7 @@ class Gamma(AffineRule):
         down = layer.with_weights(lambda w: w + gamma * negative(w))
         rise = up(x) if layer.nonnegative else up(positive(x)) + down(negative(x))
         rise = rise + bias + g * positive(bias)
-        if layer.rectified:
+        if layer.rectified and (base is z or not layer.has_bias):
             return [(1.0, rise)]
         fall = down(x) if layer.nonnegative else down(positive(x)) + up(negative(x))
         fall = fall + bias + g * negative(bias)
