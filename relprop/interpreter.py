@@ -16,6 +16,7 @@ from . import primitives as prims
 from .errors import RuleError
 from .jaxprs import REMAT, Constant, Environment, Equation, Value, manual_axes, read, scan_groups
 from .layers import AffineView, LayerView
+from .plan import Plan
 from .structure import AFFINE_KINDS, Call, Layer, Plain, Section
 from .surrogate import from_relative, quotient, reciprocal, scale_tangent, with_tangent
 from .taps import Taps, marked
@@ -24,14 +25,14 @@ from .taps import Taps, marked
 class Interpreter:
     """Evaluates sections under one assignment of rules.
 
-    `rules` maps layer indices to rules, `needed` holds the values whose relative tangents are needed, `registered` maps
-    primitive names to linearisations. `taps` sees the relevance that passes, in and out of every layer and every plain
-    equation, and may change it.
+    `plan` says which rule holds where, `registered` maps primitive names to linearisations. `taps` sees the relevance that
+    passes, in and out of every layer and every plain equation, and may change it.
     """
 
-    def __init__(self, rules: Mapping[int, Any], needed: frozenset[Value], registered, taps: Taps):
-        self.rules = rules
-        self.needed = needed
+    def __init__(self, plan: Plan, registered: Mapping[str, Any], taps: Taps):
+        self.plan = plan
+        self.rules = plan.rules
+        self.needed = plan.needed
         self.registered = registered
         self.taps = taps
 
@@ -69,7 +70,9 @@ class Interpreter:
         handed = [self._relative(rel, env, v) if needed or rule.is_relative else None for v in layer.live]
         inputs, handed = self.taps.into(layer, layer.live, inputs, handed)
         view = (AffineView if layer.kind in AFFINE_KINDS else LayerView)(layer, env)
-        value = view.evaluate(*inputs)
+        view.rectified = layer in self.plan.rectified and self.taps.slot(layer, "seed") is None
+        value = rule.value(view, view.input(inputs[0])) if view.kind in AFFINE_KINDS else None
+        value = view.evaluate(*inputs) if value is None else value
         marks = self.taps.slot(layer, "marks")
 
         def surrogate(z, marks, *xs):
@@ -240,9 +243,7 @@ class Interpreter:
 
         def step(state, scanned):
             (carried, rel_carried), (xs, rel_xs, taps) = state, scanned
-            at_step = Interpreter(
-                self.rules, self.needed, self.registered, self.taps.at(dict(zip(tapped, taps, strict=True)))
-            )
+            at_step = Interpreter(self.plan, self.registered, self.taps.at(dict(zip(tapped, taps, strict=True))))
             rels = dict(zip(loop, rel_carried, strict=True))
             inputs = [*operands[:consts], *carried, *xs]
             given = [*relatives[:consts], *(rels.get(i) for i in range(carry)), *rel_xs]

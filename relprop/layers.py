@@ -7,13 +7,14 @@ whatever chain the layer is made of. Scales after the primitive are folded into 
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from . import primitives as prims
-from .axes import weight_dims
+from .axes import dims_forward, proper, weight_dims
 from .jaxprs import Constant, Equation, Value, read
 from .structure import Layer
 
@@ -31,6 +32,9 @@ def run(equations: Sequence[Equation], env: dict, start: dict) -> dict:
 
 class LayerView:
     """A layer at run time: its description (`info`) and the values of everything that it reads."""
+
+    rectified: bool = False
+    """Whether relevance reaches the output only where it is positive, because all that reads it is a rectifier."""
 
     def __init__(self, info: Layer, env: dict):
         self.info = info
@@ -106,8 +110,9 @@ class AffineView(LayerView):
 
         def mix(weight, x):
             env = {self._operand: x, self._weight: weight.astype(self._weight_dtype)}
-            value = run((self.info.core,), self._env, env)[self.info.core.outputs[0]]
-            return self._after(value, keep=prims.PURE_RESHAPE)
+            out = self.info.core.outputs[0]
+            value = run((self.info.core,), self._env, env)[out]
+            return self._after(jnp.broadcast_to(value, out.shape), keep=prims.PURE_RESHAPE)
 
         if self.info.foldable:
             weight = f(self.weight)
@@ -194,8 +199,20 @@ class AffineView(LayerView):
     def _after(self, value, keep=None):
         return _chain(self.info.post, self._env, self.info.core.outputs[0], value, keep)
 
-    def _shrink(self, shift: jax.Array) -> jax.Array:
-        """Keep one of many equal examples of a shift, so that its product with the weight costs next to nothing."""
+    def constant(self, value: Any) -> jax.Array:
+        """The mixing primitive's operand for an input that is a number, or an array that broadcasts to the layer's input.
+
+        Of many equal examples one is kept, which broadcasts to the others.
+        """
+        source = self.info.live[0]
+        value = jnp.asarray(value, source.dtype)
+        dims = frozenset(source.ndim - value.ndim + d for d in proper(value.shape))
+        for eqn in self.info.pre:
+            dims = dims_forward(eqn, dims) if eqn.name in prims.PURE_RESHAPE else dims
+        return self._shrink(self.input(jnp.broadcast_to(value, source.shape)), dims)
+
+    def _shrink(self, shift: jax.Array, dims: frozenset[int] = frozenset()) -> jax.Array:
+        """Keep one of many equal examples of what varies along `dims`, so that its product costs next to nothing."""
         core, operand = self.info.core, self._operand
         position = next(i for i, v in enumerate(core.inputs) if v is operand)
         if core.name == "dot_general":
@@ -205,7 +222,8 @@ class AffineView(LayerView):
             spare = {core.params["dimension_numbers"].lhs_spec[0]}
         else:
             spare = set()
-        index = tuple(slice(0, 1) if d in spare - self.info.shift_dims else slice(None) for d in range(operand.ndim))
+        spare = spare - self.info.shift_dims - dims
+        index = tuple(slice(0, 1) if d in spare else slice(None) for d in range(operand.ndim))
         return shift[index]
 
 

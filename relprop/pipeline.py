@@ -66,9 +66,7 @@ class Planned:
             relatives: list[Any] = [None] * len(operands)
             for i, x, r in zip(places, xs, rs, strict=True):
                 operands[i], relatives[i] = x, r
-            interpreter = Interpreter(
-                self.plan.rules, self.plan.needed, REGISTERED, taps.at(dict(zip(keys, slots, strict=True)))
-            )
+            interpreter = Interpreter(self.plan, REGISTERED, taps.at(dict(zip(keys, slots, strict=True))))
             outputs, _, started = interpreter.evaluate(section, operands, relatives)
             return (started if self.starts else outputs[: self.explained]), outputs
 

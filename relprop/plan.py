@@ -1,11 +1,15 @@
 """Decide, before anything runs, which rule holds at which layer; print the decision."""
 
 import dataclasses
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .composite import Composite, short
 from .errors import RuleError
 from .jaxprs import Value, scan_groups
+from .ranges import Ranges
 from .rules.activation import Gradient, Identity
 from .rules.affine import Zero
 from .rules.base import Rule
@@ -43,6 +47,7 @@ class Plan:
         found: set[Value] = set()
         mark_relatives(section, self.rules, [False] * len(section.program.outputs), found)
         self.needed = frozenset(found)
+        self.rectified = frozenset(_rectified(section, self.rules, self.needed))
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -59,6 +64,28 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _rectified(section: Section, rules: Mapping[int, Rule], needed: frozenset[Value]) -> Iterator[Layer]:
+    """Layers whose output is read only by activations that are 0 wherever it is negative, and hand nothing on there."""
+    for part in section.sections():
+        readers: dict[Value, list[Any]] = defaultdict(list)
+        for step in part.steps:
+            equations = step.equations if isinstance(step, Plain) else (step.equation,) if isinstance(step, Call) else ()
+            for v in step.live if isinstance(step, Layer) else [v for eqn in equations for v in eqn.inputs]:
+                readers[v].append(step)
+        for step in part.steps:
+            if isinstance(step, Layer) and step.output not in needed and step.output not in part.program.outputs:
+                read = readers[step.output]
+                if read and all(isinstance(r, Layer) and rules[r.index].vanishes and _is_rectifier(r) for r in read):
+                    yield step
+
+
+def _is_rectifier(layer: Layer) -> bool:
+    """Whether an activation is 0 for every input below 0, by interval analysis."""
+    if layer.kind != "activation":
+        return False
+    return Ranges(layer.equations, {layer.live[0]: (-math.inf, 0.0)}).of(layer.output) == (0.0, 0.0)
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

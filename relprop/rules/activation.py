@@ -22,6 +22,7 @@ class Identity(Rule):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("activation",)
+    vanishes: ClassVar[bool] = True
     absorbs: ClassVar[str] = "f(0)"
 
     def __call__(self, layer, x, z):
@@ -41,6 +42,7 @@ class Pass(Rule):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("affine", "scale", "activation", "norm", "softmax", "max_pool", "sum_pool")
+    vanishes: ClassVar[bool] = True
 
     def __call__(self, layer, x, z):
         return scale_tangent(x.astype(z.dtype), quotient(z, x.astype(z.dtype)))
@@ -75,6 +77,7 @@ class Gradient(Rule):
     """The plain derivative, `c_in = J^T c`: the default of max pooling (winner takes all) and softmax (AttnLRP)."""
 
     kinds: ClassVar[tuple[str, ...]] = KINDS
+    vanishes: ClassVar[bool] = True
     selects: ClassVar[bool] = True
 
     def __call__(self, layer, x, z):
@@ -101,6 +104,7 @@ class GuidedBackprop(Rule):
     """`c_in = c+ f'(x) [x > 0]`: only positive coefficients pass, and only where the input is. Springenberg et al. 2015."""
 
     kinds: ClassVar[tuple[str, ...]] = ("activation",)
+    vanishes: ClassVar[bool] = True
     linear: ClassVar[bool] = False
 
     def __call__(self, layer, x, z):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
-from ..surrogate import quotient, reciprocal, scale_tangent, stabilize, widen
+from ..surrogate import quotient, reciprocal, scale_tangent, stabilize, widen, with_tangent
 from .base import Rule, check_number
 
 Bias = Literal["absorb", "ignore", "distribute"]
@@ -159,13 +159,24 @@ class AlphaBeta(AffineRule):
         if isinstance(alpha, int | float) and isinstance(beta, int | float) and abs(alpha - beta - 1) > 1e-6:
             raise RuleError(f"AlphaBeta needs alpha - beta = 1, got alpha={self.alpha} and beta={self.beta}.")
 
+    def value(self, layer, x):
+        # The two products of this rule add up to the layer; in half precision each would be rounded on its own.
+        if self._no_beta or jnp.finfo(x.dtype).bits < 32:
+            return None
+        return positive_part(layer, x) + negative_part(layer, x) + layer.bias
+
     def terms(self, layer, x, z):
+        if self._no_beta:
+            up = positive_part(layer, x)
+            return [(self.alpha, up if self.bias == "ignore" or not layer.has_bias else up + positive(layer.bias))]
         up, down = positive_part(layer, x), negative_part(layer, x)
         if layer.has_bias and self.bias != "ignore":
             up, down = up + positive(layer.bias), down + negative(layer.bias)
-        terms = [(self.alpha, up), (-self.beta, down)]
-        no_beta = isinstance(self.beta, int | float) and self.beta == 0
-        return terms[:1] if no_beta else terms
+        return [(self.alpha, up), (-self.beta, down)]
+
+    @property
+    def _no_beta(self) -> bool:
+        return isinstance(self.beta, int | float) and self.beta == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,15 +219,19 @@ class Gamma(AffineRule):
 
     def terms(self, layer, x, z):
         gamma = jnp.asarray(self.gamma, layer.weight.dtype)
+        g = jnp.asarray(self.gamma, z.dtype)
+        bias = layer.bias if layer.has_bias and self.bias != "ignore" else jnp.zeros_like(z)
         base = layer.linear(x) if self.bias == "ignore" else z
         up = layer.with_weights(lambda w: w + gamma * positive(w))
         down = layer.with_weights(lambda w: w + gamma * negative(w))
-        if layer.nonnegative:
-            rise, fall = up(x), down(x)
-        else:
-            rise = up(positive(x)) + down(negative(x))
-            fall = down(positive(x)) + up(negative(x))
-        if layer.has_bias and self.bias != "ignore":
-            bias, g = layer.bias, jnp.asarray(self.gamma, z.dtype)
-            rise, fall = rise + bias + g * positive(bias), fall + bias + g * negative(bias)
+        rise = up(x) if layer.nonnegative else up(positive(x)) + down(negative(x))
+        rise = rise + bias + g * positive(bias)
+        if layer.rectified and (base is z or not layer.has_bias):
+            return [(1.0, rise)]
+        fall = down(x) if layer.nonnegative else down(positive(x)) + up(negative(x))
+        fall = fall + bias + g * negative(bias)
+        if jnp.finfo(z.dtype).bits >= 32:
+            # Together they count every contribution 2 + gamma times: the value of the one is that of the other. In half
+            # precision it would be rounded too often.
+            fall = with_tangent((2 + g) * base - rise, fall)
         return [(1.0, jnp.where(base >= 0, rise, fall))]

@@ -42,6 +42,8 @@ class Rule:
     """Whether the rule hands all relevance of a max pooling to the selected inputs."""
     linear: ClassVar[bool] = True
     """Whether the coefficient of the input is linear in that of the output."""
+    vanishes: ClassVar[bool] = False
+    """Whether the rule of an activation hands nothing on where the activation is flat at 0, as a relu is below 0."""
     absorbs: ClassVar[str] = "rule"
     """What an audit calls the relevance that the rule keeps, apart from biases and stabilisers; see `relprop.audit`."""
 
@@ -49,6 +51,10 @@ class Rule:
         return None
 
     def relative(self, layer, x, z, r) -> jax.Array | None:
+        return None
+
+    def value(self, layer, x) -> jax.Array | None:
+        """The output of an affine layer at `x`, where the rule's own products add up to it; None if they do not."""
         return None
 
     @property

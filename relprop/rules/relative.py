@@ -98,15 +98,12 @@ class ZBox(Rule):
                 )
 
     def relative(self, layer, x, z, r):
-        shape, dtype = layer.info.live[0].shape, layer.info.live[0].dtype
-        ends = [layer.input(jnp.broadcast_to(jnp.asarray(v, dtype), shape)) for v in (self.low, self.high)]
+        ends = [layer.constant(v) for v in (self.low, self.high)]
         low, high = jnp.minimum(*ends), jnp.maximum(*ends)
         plus, minus = layer.with_weights(positive), layer.with_weights(negative)
-
-        def box(factor):
-            return layer.linear(x * factor) - plus(low * factor) - minus(high * factor)
-
-        return _shared(box(r), box(jnp.ones_like(x)), self.epsilon)
+        # x W - low W+ - high W-, of which only x W depends on the input: the layer's own product.
+        total = z - layer.bias - plus(low) - minus(high)
+        return _shared(plus((x - low) * r) + minus((x - high) * r), total, self.epsilon)
 
 
 def _shared(part, total, epsilon):
