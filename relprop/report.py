@@ -119,7 +119,7 @@ class Audit:
     def _must_be_known(self):
         if not self._is_known:
             raise ArgumentError(
-                "The numbers of this audit are not known yet: it was made under jit, vmap or another transformation. Return "
+                "The values of this audit are not known yet: it was made under jit, vmap or another transformation. Return "
                 "it from there, without strict=True, and call `check()` or `rows()` on what comes back."
             )
 
@@ -237,7 +237,7 @@ def _text(audit: Audit) -> str:
 
     def rank(line) -> float:
         lost = np.abs(line.lost)
-        return float(lost.mean()) if np.isfinite(lost).all() else float(np.inf)
+        return 0.0 if not seen(lost) else float(lost.mean()) if np.isfinite(lost).all() else float(np.inf)
 
     summary = [("relevance of the output", number(audit.output, 5))]
     summary += [(f"  arrives at {name}", number(value, 5)) for name, value in audit.inputs.items()]
@@ -246,21 +246,21 @@ def _text(audit: Audit) -> str:
     width = max(len(label) for label, _ in summary)
     lines = [f"{label:<{width}}  {value:>11}" for label, value in summary]
     if batched:
-        lines[0] += f"   (means over {audit.output.size} examples, layers by the mean of what they lose of either sign)"
+        lines[0] += f"   (means over {audit.output.size} examples; layers by the mean of |lost|)"
 
-    losing = sorted((line for line in audit.lines if seen(line.lost)), key=rank, reverse=True)
-    causes = [c for c in CAUSES if any(seen(line.absorbed[c]) for line in losing)]
-    broken = any(line.non_finite.any() for line in losing)
+    shown = sorted((line for line in audit.lines if line.index >= 0 or seen(line.lost)), key=rank, reverse=True)
+    causes = [c for c in CAUSES if any(seen(line.absorbed[c]) for line in shown)]
+    broken = any(line.non_finite.any() for line in shown)
     head = ["#", "address", "kind", "rule", "out", "in", "lost", "of output"]
     head += [*(["worst [example]"] if batched else []), *causes, "largest c", *(["not finite"] if broken else []), "source"]
     rows = [head]
-    for line in losing:
+    for line in shown:
         row = ["-" if line.index < 0 else str(line.index), line.address, line.kind, line.rule]
         row += [number(value) for value in (line.relevance_out, line.relevance_in, line.lost)]
         row.append(_share(line.lost.mean(), audit.output.mean()))
         if batched:
             worst = int(np.abs(line.lost).argmax())
-            row.append(f"{number(line.lost.ravel()[worst])} [{worst}]")
+            row.append(f"{number(line.lost.ravel()[worst])} [{worst}]" if seen(line.lost) else "")
         row += [number(line.absorbed[c], 3) for c in causes]
         row += [f"{line.largest.max(initial=0):.3g}", *([f"{line.non_finite.sum():.0f}"] if broken else [])]
         rows.append([*row, line.source.rpartition("/")[2]])
@@ -270,10 +270,7 @@ def _text(audit: Audit) -> str:
     for row in rows:
         cells = zip(row, widths, strict=True)
         table.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
-    table = ["", table[0], "-" * max(map(len, table)), *table[1:]] if losing else []
-    layers = sum(line.index >= 0 for line in audit.lines)
-    silent = layers - sum(line.index >= 0 for line in losing)
-    return "\n".join([*lines, *table, *([f"({silent} of {layers} layers keep nothing)"] if silent else [])])
+    return "\n".join([*lines, "", table[0], "-" * max(map(len, table)), *table[1:]])
 
 
 def _share(lost: float, output: float) -> str:

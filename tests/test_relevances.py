@@ -288,7 +288,7 @@ def test_relevance_of_tokens_passes_the_layers_above():
 
 
 def test_errors():
-    with pytest.raises(rp.ArgumentError, match=r"^`?at`?(=| at )kind\('conv'\) matches no layer.*first/w, activation"):
+    with pytest.raises(rp.ArgumentError, match=r"^The selector kind\('conv'\) matches no layer.*first/w, activation"):
         rp.relevances(network, EPSILON, at="conv")(PARAMS, X)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     mapped = jax.shard_map(unrolled, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
