@@ -29,6 +29,7 @@ from .rules.relative import Flat, WSquare, ZBox
 from .second_order import Similarity, bilrp, walks
 from .selectors import first, kind, last, optional, path, primitive, scope, until, where
 from .surrogate import scale_tangent, stabilize, with_tangent
+from .targets import explain_targets
 from .transform import explain, plan, value_and_explain, vjp
 from .windows import relevant_pattern, sliding_window, translated
 
@@ -78,6 +79,7 @@ __all__ = [
     "concepts",
     "condition",
     "explain",
+    "explain_targets",
     "first",
     "kind",
     "last",

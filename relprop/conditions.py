@@ -178,7 +178,16 @@ def _fitting(data: Any, layer: Layer, steps: tuple[int, ...], name: str) -> jax.
 
 
 def _linear(function: Any, layer: Layer) -> Any:
+    """A mask that is a function, checked when it is used."""
+
     def mask(a):
+        try:
+            jax.eval_shape(lambda c: jax.linear_transpose(function, a)(c), jax.eval_shape(function, a))
+        except Exception as error:
+            raise ArgumentError(
+                f"A mask function must be linear, such as `lambda a: a @ projection`; the one for the layer {layer.address} "
+                f"at {layer.source} has no transpose ({str(error) or type(error).__name__})."
+            ) from error
         out = function(a)
         if jnp.shape(out) != a.shape:
             raise ArgumentError(
