@@ -148,6 +148,20 @@ def test_positions_must_fit_the_layer():
         receptive_field(fn, at="conv")(jnp.array([1]), W, IMAGES)
 
 
+def test_crops_are_what_the_best_units_see():
+    update = references(fn, rp.Epsilon(), at="conv", count=2, target=None)
+    found = stream(update, (23,), W)
+    boxes = jax.jit(receptive_field(fn, at="conv"))(found.activation.position, W, IMAGES)
+    cut = rp.concepts.crops(IMAGES, found.activation, boxes)
+    best = jnp.einsum("hwc,hwcf->f", cut[2][0], W)[2]  # the unit's own value, from its crop alone
+    layer = rp.relevances(fn, rp.Epsilon(), at="conv")(W, IMAGES)["w"]
+    np.testing.assert_allclose(best, layer.value[found.activation.example[2, 0], ..., 2].max(), rtol=1e-12)
+    missing = found.activation._replace(example=found.activation.example.at[0, 1].set(-1))
+    assert [len(row) for row in rp.concepts.crops(IMAGES, missing, boxes)] == [1, 2, 2, 2]
+    with pytest.raises(rp.ArgumentError, match="ranking.position"):
+        rp.concepts.crops(IMAGES, found.activation, boxes[0])
+
+
 # The depth of the decomposition.
 
 

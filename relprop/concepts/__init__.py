@@ -1,6 +1,6 @@
 """Concepts: channels with their reference examples, directions and subspaces of a layer that carry relevance."""
 
-from .references import Ranking, References, receptive_field, references
+from .references import Ranking, References, crops, receptive_field, references
 from .subspaces import Components, Moments, Subspaces, drsa, prca, projector, subspace_relevance
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Ranking",
     "References",
     "Subspaces",
+    "crops",
     "drsa",
     "prca",
     "projector",

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ..conditions import select, start
@@ -223,3 +224,37 @@ def receptive_field(fn: Callable[..., Any], *, at: Any, argnums: int = -1, fallb
         return boxes.reshape(*positions.shape[:-1], *boxes.shape[1:])
 
     return located
+
+
+def crops(examples: Any, ranking: Ranking, boxes: jax.Array) -> list[list[np.ndarray]]:
+    """Cut what every channel sees out of its reference examples.
+
+    Args:
+        examples: the dataset in the order of the stream, anything that takes an index: an array (examples, ...), a list,
+            a memory map. Only reference examples are read.
+        ranking: `activation` or `relevance` of what `references` found.
+        boxes: (channels, count, axes, 2), from `receptive_field` at `ranking.position`.
+
+    Returns:
+        For each channel its crops, best first; fewer where there were not enough examples, smaller at a border.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, relprop as rp
+        >>> ranking = rp.concepts.Ranking(jnp.array([[7.0]]), jnp.array([[1]]), jnp.array([[[0]]]))
+        >>> rp.concepts.crops(np.arange(8).reshape(2, 4), ranking, jnp.array([[[[1, 3]]]]))
+        [[array([5, 6])]]
+    """
+    chosen, boxes = np.asarray(ranking.example), np.asarray(boxes)
+    if boxes.shape[:2] != chosen.shape or boxes.ndim != 4:
+        raise ArgumentError(
+            f"boxes has the shape {boxes.shape}, but needs (channels, count, axes, 2) with the {chosen.shape} of the ranking: "
+            "call the function that `receptive_field` returns with `ranking.position`."
+        )
+    return [
+        [
+            np.asarray(examples[int(i)])[tuple(slice(*ends) for ends in box)]
+            for i, box in zip(row, around, strict=True)
+            if i >= 0
+        ]
+        for row, around in zip(chosen, boxes, strict=True)
+    ]
