@@ -158,7 +158,7 @@ def test_crops_are_what_the_best_units_see():
     np.testing.assert_allclose(best, layer.value[found.activation.example[2, 0], ..., 2].max(), rtol=1e-12)
     missing = found.activation._replace(example=found.activation.example.at[0, 1].set(-1))
     assert [len(row) for row in rp.concepts.crops(IMAGES, missing, boxes)] == [1, 2, 2, 2]
-    with pytest.raises(rp.ArgumentError, match="ranking.position"):
+    with pytest.raises(rp.ArgumentError, match=r"ranking\.position"):
         rp.concepts.crops(IMAGES, found.activation, boxes[0])
 
 

@@ -206,7 +206,9 @@ def receptive_field(fn: Callable[..., Any], *, at: Any, argnums: int = -1, fallb
         def box(position):
             here = jnp.ones((), bool)
             for axis, size in enumerate(inner):
-                here = here[..., None] & (jnp.arange(size) == position[axis]).reshape((1,) * axis + (size,))
+                here = here[..., None] & (jnp.arange(size, dtype=position.dtype) == position[axis]).reshape(
+                    (1,) * axis + (size,)
+                )
             # All channels of the unit, each with positive relevance.
             origin = start(at, lambda a: jnp.sign(a) * here[None, ..., None].astype(a.dtype))
             relevance = explain(fn, rules, argnums=argnums, fallback=fallback, conditions=origin)(*given)
@@ -244,17 +246,14 @@ def crops(examples: Any, ranking: Ranking, boxes: jax.Array) -> list[list[np.nda
         >>> rp.concepts.crops(np.arange(8).reshape(2, 4), ranking, jnp.array([[[[1, 3]]]]))
         [[array([5, 6])]]
     """
-    chosen, boxes = np.asarray(ranking.example), np.asarray(boxes)
-    if boxes.shape[:2] != chosen.shape or boxes.ndim != 4:
+    chosen, ends = np.asarray(ranking.example), np.asarray(boxes)
+    if ends.shape[:2] != chosen.shape or ends.ndim != 4:
         raise ArgumentError(
-            f"boxes has the shape {boxes.shape}, but needs (channels, count, axes, 2) with the {chosen.shape} of the ranking: "
+            f"boxes has the shape {ends.shape}, but needs (channels, count, axes, 2) with the {chosen.shape} of the ranking: "
             "call the function that `receptive_field` returns with `ranking.position`."
         )
-    return [
-        [
-            np.asarray(examples[int(i)])[tuple(slice(*ends) for ends in box)]
-            for i, box in zip(row, around, strict=True)
-            if i >= 0
-        ]
-        for row, around in zip(chosen, boxes, strict=True)
-    ]
+
+    def cut(i, box):
+        return np.asarray(examples[int(i)])[tuple(slice(start, stop) for start, stop in box)]
+
+    return [[cut(i, box) for i, box in zip(*row, strict=True) if i >= 0] for row in zip(chosen, ends, strict=True)]
