@@ -249,11 +249,11 @@ def crops(examples: Any, ranking: Ranking, boxes: jax.Array) -> list[list[np.nda
     chosen, ends = np.asarray(ranking.example), np.asarray(boxes)
     if ends.shape[:2] != chosen.shape or ends.ndim != 4:
         raise ArgumentError(
-            f"boxes has the shape {ends.shape}, but needs (channels, count, axes, 2) with the {chosen.shape} of the ranking: "
+            f"boxes has the shape {ends.shape}, but needs (channels, count, axes, 2), with the ranking's {chosen.shape}: "
             "call the function that `receptive_field` returns with `ranking.position`."
         )
 
     def cut(i, box):
-        return np.asarray(examples[int(i)])[tuple(slice(start, stop) for start, stop in box)]
+        return np.asarray(examples[int(i)])[tuple(slice(first, last) for first, last in box)]
 
     return [[cut(i, box) for i, box in zip(*row, strict=True) if i >= 0] for row in zip(chosen, ends, strict=True)]
