@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -209,26 +209,26 @@ class Store(abc.ABC):
 
     def _unwritable(self, error: Exception) -> StoreError:
         return StoreError(
-            f"{self.path} cannot be written: {error}. The {self.rows} examples before are safe in {self.partial}: see to the "
-            "cause (make room), and the same call goes on from there."
+            f"{self.path} cannot be written: {error}. The {self.rows} examples before are safe in {self.partial}: see to "
+            "the cause (make room), and the same call goes on from there."
         )
 
     def _damaged(self, what: str) -> StoreError:
         return StoreError(
             f"The unfinished store {self.partial} is damaged: {what}. Something besides relprop changed it, or the disk is "
-            "faulty. Delete that folder (or pass overwrite=True) to begin anew."
+            "faulty. Delete that folder (or overwrite it) to begin anew."
         )
 
     def _compare(self, found: Mapping[str, Any], where: Path) -> None:
         if found == self.identity:
             return
         if not found:
-            raise StoreError(f"{where} exists and was not made by relprop.dataset: write elsewhere, or pass overwrite=True.")
-        names = [name for name in {**self.identity, **found} if found.get(name) != self.identity.get(name)]
-        differences = "; ".join(f"{name} was {found.get(name)}, is {self.identity.get(name)}" for name in names)
+            raise StoreError(f"{where} exists and was not made by relprop.dataset: write elsewhere, or overwrite it.")
+        ours, theirs = dict(_leaves(self.identity)), dict(_leaves(found))
+        names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        differences = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names)
         raise StoreError(
-            f"{where} belongs to another run: {differences}. Run with what it was begun with, write elsewhere, or pass "
-            "overwrite=True to begin anew."
+            f"{where} belongs to another run: {differences}. Run with what it was begun with, write elsewhere, or overwrite it."
         )
 
     def _append(self, entry: Any) -> None:
@@ -330,7 +330,7 @@ class Hdf5Store(Store):
                 return {**file.attrs, "non_finite": file["non_finite"][:]} if IDENTITY in file.attrs else {}
         except (OSError, KeyError) as error:
             raise StoreError(
-                f"{self.path} exists and cannot be read as HDF5 ({error}): move it away, or pass overwrite=True."
+                f"{self.path} exists and cannot be read as HDF5 ({error}): move it away, or overwrite it."
             ) from None
 
 
@@ -396,8 +396,17 @@ class ZarrStore(Store):
             return dict(self.zarr.open_group(self.path, mode="r").attrs)
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"{self.path} exists and cannot be read as zarr ({error}): move it away, or pass overwrite=True."
+                f"{self.path} exists and cannot be read as zarr ({error}): move it away, or overwrite it."
             ) from None
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in mappings of mappings, by its path."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{name}/{key}" if name else key)
+    else:
+        yield name, tree
 
 
 def open_store(path: Path, identity: Mapping[str, Any]) -> Store:
