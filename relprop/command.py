@@ -144,7 +144,7 @@ def _sample(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.shape is not None:
         if target == "labels":
             raise ArgumentError("--target labels needs --data; random input of --shape has no labels.")
-        return jax.random.normal(jax.random.key(0), options.shape), target
+        return jax.random.normal(jax.random.key(0), options.shape, jnp.float32), target
     first = Loader(_data(options.data, options.batch)).first
     if target == "labels" and first.label is None:
         raise ArgumentError(f"--target labels: {options.data} has no labels.")

@@ -83,12 +83,12 @@ class Loader:
         """The batches from number `done` on, which are those after so many examples."""
         last = examples - (done - 1) * self.size if done else self.size
         for number, given in self._numbered(done):
-            if last < self.size:
+            batch = self.first if number == 0 else self._batch(given, number)
+            if batch.count and last < self.size:
                 raise ArgumentError(
                     f"Batch {number - 1} has {last} examples, but the first has {self.size}: only the last batch may be "
                     "shorter. Let the loader make batches of one size."
                 )
-            batch = self.first if number == 0 else self._batch(given, number)
             last = batch.count
             if batch.count:
                 yield batch

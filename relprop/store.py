@@ -142,7 +142,7 @@ class Store(abc.ABC):
         """The bytes of a batch of a column."""
 
     @abc.abstractmethod
-    def _discard(self, name: str) -> None:
+    def _discard(self) -> None:
         """Remove what is beyond the last batch that counts."""
 
     @abc.abstractmethod
@@ -188,8 +188,7 @@ class Store(abc.ABC):
                 raise self._damaged(f"batch {self.batches} is not what was written")
             self.batches, self.rows = self.batches + 1, self.rows + rows
             self.non_finite += non_finite
-        for name in self.columns:
-            self._discard(name)
+        self._discard()
 
     def _checksum(self, batch: int, rows: int) -> int:
         checksum = 0
@@ -228,7 +227,8 @@ class Store(abc.ABC):
         names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         differences = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names)
         raise StoreError(
-            f"{where} belongs to another run: {differences}. Run with what it was begun with, write elsewhere, or overwrite it."
+            f"{where} belongs to another run: {differences}. Run with what it was begun with, write elsewhere, or overwrite "
+            "it."
         )
 
     def _append(self, entry: Any) -> None:
@@ -270,10 +270,11 @@ class Hdf5Store(Store):
     def _encode(self, name, array):
         return array.reshape(-1).view(np.uint8).data
 
-    def _discard(self, name):
-        place, _ = self._place(name, 0)
-        if place.exists():
-            os.truncate(place, self._place(name, 0)[1] + self._length(name, self.rows))
+    def _discard(self):
+        for name in self.columns:
+            place, start = self._place(name, 0)
+            if place.exists():
+                os.truncate(place, start + self._length(name, self.rows))
 
     def _assemble(self, attributes):
         head = self.partial / "head"
@@ -377,10 +378,11 @@ class ZarrStore(Store):
             config={"write_empty_chunks": True},
         )
 
-    def _discard(self, name):
-        self._place(name, self.batches)[0].unlink(missing_ok=True)
-        for left in (self.partial / "store").rglob("zarr.json"):
-            left.unlink()
+    def _discard(self):
+        kept = {self._place(name, batch)[0] for name in self.columns for batch in range(self.batches)}
+        for file in (self.partial / "store").rglob("*"):
+            if file.is_file() and file not in kept:
+                file.unlink()
 
     def _assemble(self, attributes):
         self.zarr.create_group(self.partial / "store", attributes=dict(attributes))
@@ -432,9 +434,7 @@ def require(name: str, purpose: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise ImportError(
-            f'{name} is needed for {purpose}, and is not installed: pip install "relprop[dataset]".'
-        ) from error
+        raise ImportError(f'{name} is not installed; {purpose} needs it: pip install "relprop[dataset]".') from error
 
 
 def _sync(file: Any) -> None:
