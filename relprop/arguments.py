@@ -198,12 +198,13 @@ def seeds(outputs: list[jax.Array], target: Any) -> list[Any]:
             f"target={target!r} picks a class along the last axis, but the output is a scalar. Use target=None."
         )
     classes = y.shape[-1]
+    index: Any
     if isinstance(target, str):
         if target != "top":
             raise TargetError(f"target={target!r}: the only string that is understood is 'top', the predicted class.")
         index = jnp.argmax(y, axis=-1)
     else:
-        index = jnp.asarray(target)
+        index = target if isinstance(target, jax.Array) else np.asarray(target)  # known under jit, too
         if not jnp.issubdtype(index.dtype, jnp.integer):
             raise TargetError(f"target must be None, an int, an array of ints, 'top' or a function; got {target!r}.")
         try:
