@@ -7,6 +7,7 @@ is half written is ever read. NAME itself is made by a rename, when everything i
 
 import abc
 import errno
+import io
 import json
 import math
 import os
@@ -277,32 +278,23 @@ class Hdf5Store(Store):
                 os.truncate(place, start + self._length(name, self.rows))
 
     def _assemble(self, attributes):
-        head = self.partial / "head"
-        options = {"alignment_threshold": 1, "alignment_interval": self.ALIGNMENT, "meta_block_size": self.BLOCK}
-        with self.h5py.File(head, "w", libver=("earliest", "v108"), **options) as file:
+        with open(self._assembled, "r+b") as data:
             end = self.GAP + self._length(self.FIRST, self.rows)
-            if self._create(file, self.FIRST).id.get_offset() != self.GAP:
-                raise StoreError(f"This version of HDF5 ({self.h5py.version.hdf5_version}) lays out files in another way.")
-            for name in self.columns:
-                if name != self.FIRST:
-                    self._fill(self._create(file, name), name)
-            for name, value in attributes.items():
-                # Attributes have a size limit; a dataset has not.
-                if isinstance(value, list):
-                    file.create_dataset(name, data=np.asarray(value, np.int64), track_times=False)
-                else:
-                    file.attrs[name] = value
-        # The gap of the head file is a hole where the file system knows holes; only the rest of it is copied.
-        with open(head, "rb") as source, open(self._assembled, "r+b") as target:
-            target.truncate(head.stat().st_size)
-            for start, stop in ((end, head.stat().st_size), (0, self.GAP)):
-                source.seek(start)
-                target.seek(start)
-                while start < stop:
-                    piece = source.read(min(1 << 24, stop - start))
-                    target.write(piece)
-                    start += len(piece)
-                _sync(target)
+            around = _Around(data, self.GAP, end)
+            options = {"alignment_threshold": 1, "alignment_interval": self.ALIGNMENT, "meta_block_size": self.BLOCK}
+            with self.h5py.File(around, "w", libver=("earliest", "v108"), **options) as file:
+                if self._create(file, self.FIRST).id.get_offset() != self.GAP:
+                    raise StoreError(f"HDF5 {self.h5py.version.hdf5_version} lays out files in another way.")
+                for name in self.columns:
+                    if name != self.FIRST:
+                        self._fill(self._create(file, name), name)
+                for name, value in attributes.items():
+                    # Attributes have a size limit; a dataset has not.
+                    if isinstance(value, list):
+                        file.create_dataset(name, data=np.asarray(value, np.int64), track_times=False)
+                    else:
+                        file.attrs[name] = value
+            around.finish()
 
     def _create(self, file, name):
         """A dataset whose space is there at once, and is not filled."""
@@ -333,6 +325,65 @@ class Hdf5Store(Store):
             raise StoreError(
                 f"{self.path} exists and cannot be read as HDF5 ({error}): move it away, or overwrite it."
             ) from None
+
+
+class _Around(io.RawIOBase):
+    """What HDF5 writes a file to whose middle, from `start` to `end`, is there already.
+
+    What comes before is kept in memory, and written when everything else is on disk. Errors are kept as well, for `finish`
+    to raise: HDF5 does not survive a disk that is full.
+    """
+
+    def __init__(self, file: Any, start: int, end: int):
+        self.file, self.start, self.end = file, start, end
+        self.head, self.position, self.size = bytearray(start), 0, 0
+        self.error: OSError | None = None
+
+    def finish(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.file.truncate(self.size)
+        _sync(self.file)
+        self.file.seek(0)
+        self.file.write(self.head)
+        _sync(self.file)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self.position if size is None else size
+        return self.size
+
+    def write(self, data: Any) -> int:
+        data, place = memoryview(data).cast("B"), self.position
+        before = data[: max(0, self.start - place)]
+        self.head[place : place + len(before)] = before
+        if len(before) < len(data) and self.error is None:
+            try:
+                if place < self.end:
+                    raise StoreError("HDF5 wrote over the relevance.")
+                self.file.seek(place)
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        self.position += len(data)
+        self.size = max(self.size, self.position)
+        return len(data)
+
+    def readinto(self, buffer: Any) -> int:
+        view, place = memoryview(buffer).cast("B"), self.position
+        before = self.head[place : place + len(view)]
+        view[: len(before)] = before
+        self.file.seek(max(place, self.start))
+        found = self.file.read(len(view) - len(before))
+        view[len(before) : len(before) + len(found)] = found
+        self.position += len(before) + len(found)
+        return len(before) + len(found)
 
 
 class ZarrStore(Store):
