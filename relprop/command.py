@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,14 @@ def _weights(text: str | None) -> tuple[Any, ...]:
         return (_function(text)(),)
     path = Path(text)
     if path.suffix == ".npz":
-        with _opened(path) as arrays:
+        with _read(path) as arrays:
             return (_nested(dict(arrays)),)
     if path.suffix == ".safetensors":
-        require("safetensors", "reading such weights")
-        path.stat()  # an error that names the file if there is none
-        return (_nested(importlib.import_module("safetensors.numpy").load_file(path)),)
+        safetensors = require("safetensors", "reading such weights")
+        try:
+            return (_nested(importlib.import_module("safetensors.numpy").load_file(path)),)
+        except safetensors.SafetensorError as error:
+            raise ArgumentError(f"{path} cannot be read: {error}") from None
     if path.is_dir():
         require("orbax", "reading a folder of weights")
         return (importlib.import_module("orbax.checkpoint").StandardCheckpointer().restore(path.absolute()),)
@@ -219,11 +222,11 @@ def _data(text: str, size: int) -> Iterable[Any]:
         return _function(text)()
     path = Path(text)
     if path.suffix == ".npy":
-        return Batches(_mapped(path), size=size)
+        return Batches(_read(path, "r"), size=size)
     if path.is_dir():
-        arrays = {file.stem: _mapped(file) for file in sorted(path.glob("*.npy"))}
+        arrays = {file.stem: _read(file, "r") for file in sorted(path.glob("*.npy"))}
     elif path.suffix == ".npz":
-        with _opened(path) as given:
+        with _read(path) as given:
             arrays = dict(given)
     else:
         raise ArgumentError(f"--data {text}: expected FILE.npz, FILE.npy, a folder of .npy files or module:name.")
@@ -235,17 +238,10 @@ def _data(text: str, size: int) -> Iterable[Any]:
     return Batches(arrays[inputs[0]], arrays.get("label"), arrays.get("index"), size=size)
 
 
-def _opened(path: Path) -> Any:
+def _read(path: Path, mode: Any = None) -> Any:
     try:
-        return np.load(path)
-    except (ValueError, EOFError, KeyError) as error:
-        raise ArgumentError(f"{path} cannot be read: {error}") from None
-
-
-def _mapped(path: Path) -> Any:
-    try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+        return np.load(path, mmap_mode=mode)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ArgumentError(f"{path} cannot be read: {error}") from None
 
 

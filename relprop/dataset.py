@@ -86,7 +86,7 @@ def explain_dataset(
             together with shapes, `args` and the first batch; numbers, strings, lists and mappings of these.
         layout: the order of the axes of relevance of rank 4, "NHWC" or "NCHW"; by default "NHWC". It is always written as
             NCHW, as ViRelAy has it. Relevance of other ranks is written as it is.
-        sharding: a `jax.sharding.Sharding` for the batches; those of `args` are their own.
+        sharding: a `jax.sharding.Sharding` for the batches. `args` stay where they are: put them on the same devices.
         non_finite: "raise" stops at the first batch with NaN or infinity in its relevance; what is before is stored. "warn"
             stores it and warns at the end.
         progress: show a bar with throughput and the time left; by default where standard error is a terminal.
@@ -190,7 +190,8 @@ class _Explained:
         if layout not in (None, "NHWC", "NCHW"):
             raise ArgumentError(f"layout={layout!r} is neither 'NHWC' nor 'NCHW'.")
         self.explain, self.labels, self.layout, self.sharding = explain, labels, layout, sharding
-        self.args = tuple(args)
+        # Once, and not for every batch; what is on devices stays where it is.
+        self.args = jax.tree.map(lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf, tuple(args))
         self.jitted = jax.jit(self._columns)
 
     def columns(self, batch: Batch) -> dict[str, dict[str, Any]]:

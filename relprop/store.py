@@ -119,7 +119,7 @@ class Store(abc.ABC):
         _sync_folder(self.path.parent)
         self.complete = True
         self.close()
-        shutil.rmtree(self.partial)
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the journal. What is stored remains, and the next run goes on from there."""
