@@ -9,6 +9,7 @@ import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as orbax
 import pytest
 import safetensors.numpy
 import zarr
@@ -257,3 +258,10 @@ def test_the_installed_command_shows_its_help(folder):
     with pytest.raises(SystemExit) as left:
         relprop("explain", "model_of_the_test:bare")
     assert left.value.code == 2
+
+
+def test_weights_of_a_checkpoint(folder, capsys, default_promotion):
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "checkpoint", PARAMS)
+    assert relprop("plan", NETWORK, "--weights", "checkpoint", "--shape", "2,4,4,3", "--rules", "Zero") == 0
+    assert "dense/kernel" in capsys.readouterr().out
