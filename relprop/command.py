@@ -19,7 +19,7 @@ from . import presets
 from .audit import audit
 from .bench import bench, table
 from .composite import Composite, as_composite
-from .dataset import Batches, explain_dataset
+from .dataset import Batches, explain_dataset, fingerprint
 from .errors import ArgumentError, RelpropError
 from .loader import Loader
 from .rules.base import Graded, RelevanceRule, Rule
@@ -108,7 +108,10 @@ def _explain(options: argparse.Namespace) -> None:
         *before, x, label = given if labels else (*given, target)
         return value_and_explain(fn, rules, target=label)(*before, _pixels(x))
 
-    run = {"function": options.function, "rules": repr(as_composite(rules)), "target": options.target}
+    composite = as_composite(rules)
+    # Arrays among their hyper-parameters are not in the text.
+    values = fingerprint([vars(rule) for _, rule in composite])
+    run = {"function": options.function, "rules": repr(composite), "values": values, "target": options.target}
     found = explain_dataset(
         explained,
         batches,

@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import ArgumentError, NonFiniteRelevanceWarning, RelevanceLossError
 from .loader import Batch, Batches, Loader
-from .store import Store, open_store, remove, require
+from .store import Store, open_store, require
 
 __all__ = ["Batches", "Summary", "explain_dataset"]
 
@@ -116,8 +116,6 @@ def explain_dataset(
     if not _plain(run):
         raise ArgumentError(f"run={run!r}: numbers, strings, lists and mappings, up to {LONGEST} bytes of JSON; try repr().")
     out, begun = Path(out), time.monotonic()
-    if overwrite:
-        remove(out)
     loader = Loader(batches)
     compiled = _Explained(explain, args, labels, layout, sharding)
     first = loader.first
@@ -125,10 +123,10 @@ def explain_dataset(
         "run": run,
         "size": loader.size,
         "columns": compiled.columns(first),
-        "arguments": _fingerprint(args),
-        "first batch": _fingerprint((first.x, first.label, first.index)),
+        "arguments": fingerprint(args),
+        "first batch": fingerprint((first.x, first.label, first.index)),
     }
-    store = open_store(out, identity)
+    store = open_store(out, identity, overwrite)
     resumed = store.rows
     try:
         if not store.complete:
@@ -242,7 +240,7 @@ def _storable(array):
     return array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
 
 
-def _fingerprint(tree: Any) -> int:
+def fingerprint(tree: Any) -> int:
     """A checksum of the values of a pytree."""
     checksum = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

@@ -462,10 +462,12 @@ def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, tree
 
 
-def open_store(path: Path, identity: Mapping[str, Any]) -> Store:
-    """The store that the suffix of a path asks for."""
+def open_store(path: Path, identity: Mapping[str, Any], overwrite: bool = False) -> Store:
+    """The store that the suffix of a path asks for; with `overwrite`, what is there is removed before."""
     for kind in (Hdf5Store, ZarrStore):
         if path.suffix in kind.suffixes:
+            if overwrite:
+                remove(path)
             return kind(path, identity)
     known = ", ".join([*Hdf5Store.suffixes, *ZarrStore.suffixes])
     raise ArgumentError(f"out={str(path)!r}: the suffix says what is written, one of {known}.")

@@ -30,6 +30,12 @@ network = Namespace.network
 number = 3
 composite = [("dense", rp.Gamma(0.5))]
 
+def a():
+    return [("dense", rp.ZBox(np.zeros(48), np.full(48, 255.0)))]
+
+def b():
+    return [("dense", rp.ZBox(np.full(48, -1.0), np.full(48, 255.0)))]
+
 def bare(x):
     return x.reshape(x.shape[0], -1) @ np.ones((48, 4), np.float32)
 
@@ -133,6 +139,10 @@ def test_other_rules_do_not_go_on_with_a_store(capsys):
     assert relprop(*given, "Gamma(0.5)") == 2
     assert "run/rules was Composite: kind('affine'): Epsilon(), is" in capsys.readouterr().err
     assert relprop(*given, "Gamma(0.5)", "--overwrite") == 0
+    assert relprop(*given, "model_of_the_test:a", "--overwrite") == 0
+    assert relprop(*given, "model_of_the_test:a") == 0
+    assert relprop(*given, "model_of_the_test:b") == 2  # rules that differ in an array only
+    assert "run/values was" in capsys.readouterr().err
 
 
 def test_plan_prints_the_table(capsys):

@@ -257,6 +257,12 @@ def test_a_complete_store_is_left_alone(tmp_path):
     assert out.stat() == before
     explain_dataset(itself, Batches(2 * IMAGES, size=8), out, overwrite=True)
     np.testing.assert_array_equal(opened(out)["attribution"], np.moveaxis(2 * IMAGES, -1, 1))
+    before = contents(out)
+    with pytest.raises(rp.ArgumentError):  # a call that cannot run deletes nothing
+        explain_dataset(lambda x: x, Batches(IMAGES, size=8), out, overwrite=True)
+    with pytest.raises(rp.ArgumentError):
+        explain_dataset(itself, Batches(IMAGES, size=8), tmp_path, overwrite=True)
+    assert contents(out) == before
 
 
 DIFFERENT = {
