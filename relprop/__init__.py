@@ -1,6 +1,6 @@
 """relprop: layer-wise relevance propagation as a JAX function transformation."""
 
-from . import concepts, plot, pool, presets, text
+from . import concepts, dataset, plot, pool, presets, text
 from .audit import audit
 from .composite import Composite
 from .conditions import condition, start
@@ -11,6 +11,7 @@ from .errors import (
     RelevanceLossError,
     RelpropError,
     RuleError,
+    StoreError,
     TargetError,
     UnknownPrimitiveError,
     UnusedSelectorWarning,
@@ -65,6 +66,7 @@ __all__ = [
     "SignalTakeAll",
     "Similarity",
     "Stop",
+    "StoreError",
     "TargetError",
     "Temperature",
     "Uniform",
@@ -78,6 +80,7 @@ __all__ = [
     "bilrp",
     "concepts",
     "condition",
+    "dataset",
     "explain",
     "explain_targets",
     "first",

@@ -66,7 +66,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
     if not args:
         raise ArgumentError("The explained function was called without positional arguments; there is nothing to explain.")
     numbers = normalise_argnums(argnums, len(args))
-    held = _parameters(numbers, parameters, args)
+    held = parameter_numbers(numbers, parameters, args)
     prefixes = _argument_names(fn, len(args))
     arrays: list[Any] = []
     names: list[str] = []
@@ -119,7 +119,7 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
     return Leaves(arrays, names, explained, data or others or explained, integers, rebuild, restore)
 
 
-def _parameters(numbers, parameters, args) -> set[int]:
+def parameter_numbers(numbers, parameters, args) -> set[int]:
     """The explained arguments that are parameters: as given, else containers before the last positional argument."""
     if parameters is not None:
         held = normalise_argnums(parameters, len(args), "parameters")
@@ -198,12 +198,13 @@ def seeds(outputs: list[jax.Array], target: Any) -> list[Any]:
             f"target={target!r} picks a class along the last axis, but the output is a scalar. Use target=None."
         )
     classes = y.shape[-1]
+    index: Any
     if isinstance(target, str):
         if target != "top":
             raise TargetError(f"target={target!r}: the only string that is understood is 'top', the predicted class.")
         index = jnp.argmax(y, axis=-1)
     else:
-        index = jnp.asarray(target)
+        index = target if isinstance(target, jax.Array) else np.asarray(target)  # known under jit, too
         if not jnp.issubdtype(index.dtype, jnp.integer):
             raise TargetError(f"target must be None, an int, an array of ints, 'top' or a function; got {target!r}.")
         try:

@@ -4,7 +4,6 @@
 by slots (see `relprop.taps`), so it costs one explanation and works under `jit`, `vmap` and through loops.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from . import primitives as prims
-from .arguments import normalise_argnums
+from .arguments import normalise_argnums, parameter_numbers
 from .composite import short
 from .errors import ArgumentError
 from .jaxprs import Equation, Value
@@ -76,7 +75,8 @@ def audit(
     def audited(*args, **kwargs):
         def one(args, target):
             planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
-            return _audit(planned, by_step)
+            account = _audit(planned)
+            return account if by_step else account.summed()
 
         found = _by_example(one, args, target, argnums, parameters) if batched else one(args, target)
         if strict:
@@ -87,11 +87,9 @@ def audit(
 
 
 def _by_example(one, args, target, argnums, parameters) -> Audit:
-    numbers = set(normalise_argnums(argnums, len(args)))
-    if parameters is not None:
-        numbers -= set(normalise_argnums(parameters, len(args), "parameters"))
-    elif len(numbers) > 1:
-        numbers = {n for n in numbers if n == len(args) - 1 or jax.tree_util.all_leaves([args[n]])}
+    explained = normalise_argnums(argnums, len(args))
+    # As in `Leaves.data`: parameters have no batch; where they alone are explained, the last argument has.
+    numbers = set(explained) - parameter_numbers(explained, parameters, args) or {len(args) - 1}
     mapped = [arg if n in numbers else None for n, arg in enumerate(args)]
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(mapped)}
     if len(sizes) != 1 or sizes == {()}:
@@ -115,28 +113,25 @@ def _by_example(one, args, target, argnums, parameters) -> Audit:
     return jax.vmap(lambda mapped: example(mapped, target))(jax.tree.map(alone, mapped))
 
 
-def _audit(planned: Planned, by_step: bool) -> Audit:
+def _audit(planned: Planned) -> Audit:
     """Explain with a slot at every layer, and at every plain equation that may keep relevance."""
-    leaves, taps = planned.leaves, planned.taps
+    leaves = planned.leaves
     dtype = jnp.result_type(float)
     rules = {entry.layer: entry.rule for entry in planned.plan}
     watched = dict(_watched(planned))
     slots: dict[Key, Any] = {}
     for place, calls in watched.items():
         steps = loops_around(calls)
-        names = ["into", "out", *(["kept"] if (place, "mask", 0) in taps.arrays else [])]
-        slots |= {(place, name, 0): jnp.zeros((*steps, 3), dtype) for name in names}
+        names = ["into", "out", *(["kept"] if planned.taps.slot(place, "mask") is not None else [])]
+        slots |= {Key(place, name): jnp.zeros((*steps, 3), dtype) for name in names}
         if isinstance(place, Layer):
-            slots[place, "marks", 0] = jnp.ones((*steps, 2), dtype)
-            slots[place, "mark relatives", 0] = jnp.zeros((*steps, 2), dtype)
+            slots[Key(place, "marks")] = jnp.ones((*steps, 2), dtype)
+            slots[Key(place, "mark relatives")] = jnp.zeros((*steps, 2), dtype)
     indices = list(dict.fromkeys([*leaves.explained, *leaves.data]))
-    taps = dataclasses.replace(
-        taps, arrays={**taps.arrays, **slots}, stepped=taps.stepped | slots.keys(), gauge=lambda key, *seen: _gauge(*seen)
-    )
-    run = planned.run(taps, indices)
+    run = planned.run(indices, slots, _gauge)
     seeds = planned.seeds(run)
     relevances, measured = run.measured(seeds)
-    lines = tuple(_line(place, rules.get(place), measured, taps.blocked, by_step) for place in watched)
+    lines = tuple(_line(place, rules.get(place), measured, planned.taps.blocked) for place in watched)
     names = _unique([leaves.names[i] for i in indices])
     totals = dict(zip(indices, (_total(r) for r in relevances), strict=True))
     return Audit(
@@ -155,7 +150,7 @@ def _watched(planned: Planned):
     live = frozenset().union(*(part.live for part in section.sections()))
     for step, calls in section.walk():
         if isinstance(step, Plain):
-            yield from ((eqn, calls) for eqn in step.equations if eqn in blocked or not _conserves(eqn, live))
+            yield from ((eqn, calls) for eqn in step.equations if blocked.get(eqn) or not _conserves(eqn, live))
         else:
             yield step, calls
 
@@ -205,29 +200,28 @@ def _unique(names: list[str]) -> list[str]:
     return found
 
 
-def _line(place: Place, rule: Any, measured: dict[Key, Any], blocked, by_step: bool) -> Line:
-    into, out = measured[place, "into", 0], measured[place, "out", 0]
-    kept = measured.get((place, "kept", 0), out)
+def _line(place: Place, rule: Any, measured: dict[Key, Any], blocked) -> Line:
+    into, out = measured[Key(place, "into")], measured[Key(place, "out")]
+    kept = measured.get(Key(place, "kept"), out)
     steps = out.shape[:-1]
     marks = jnp.zeros((*steps, 2), out.dtype)
     if isinstance(place, Layer):
-        marks = measured[place, "marks", 0] + measured[place, "mark relatives", 0]
+        marks = measured[Key(place, "marks")] + measured[Key(place, "mark relatives")]
     absorbed = dict.fromkeys(CAUSES, jnp.zeros(steps, out.dtype))
     absorbed["bias"], absorbed["epsilon"] = marks[..., 0], marks[..., 1]
     if kept is not out:
         absorbed["condition"] = out[..., 0] - kept[..., 0]
     cause = "condition" if blocked.get(place) else _cause(place, rule)
     absorbed[cause] += kept[..., 0] - into[..., 0] - marks.sum(-1)
-    axes = () if by_step else tuple(range(len(steps)))
     return Line(
         **_described(place),
         rule=short(rule) if rule is not None else "",
-        steps=steps if by_step else (),
-        relevance_out=out[..., 0].sum(axes),
-        relevance_in=into[..., 0].sum(axes),
-        absorbed={name: value.sum(axes) for name, value in absorbed.items()},
-        largest=into[..., 1].max(axes, initial=0),
-        non_finite=into[..., 2].sum(axes),
+        steps=steps,
+        relevance_out=out[..., 0],
+        relevance_in=into[..., 0],
+        absorbed=absorbed,
+        largest=into[..., 1],
+        non_finite=into[..., 2],
     )
 
 

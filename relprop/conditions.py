@@ -6,7 +6,8 @@ pass, and everything above the layer is shared, too.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from .errors import ArgumentError
 from .jaxprs import REMAT, Value
 from .plan import Plan
 from .selectors import as_selector
-from .structure import Call, Layer, Plain, Section
+from .structure import Layer, Plain, Section
 from .taps import Key, Taps, loops_around
 
 
@@ -98,16 +99,16 @@ def resolve(conditions: Any, plan: Plan, explained: int) -> Taps:
     Raises:
         ArgumentError: a condition matches nothing, does not fit, or stands where it cannot be kept.
     """
-    given = [conditions] if isinstance(conditions, Condition | Start) else list(conditions or ())
-    layers = [entry.layer for entry in plan]
-    around = {step: calls for step, calls in plan.section.walk() if isinstance(step, Layer)}
+    given = list(conditions) if isinstance(conditions, Iterable) else [] if conditions is None else [conditions]
+    around = plan.around
+    exclusive: list[tuple[list[Layer], set[Value]]] = []
     arrays: dict[Key, Any] = {}
     stepped: set[Key] = set()
     blocked: dict[Any, frozenset[Value]] = {}
     for item in given:
         if not isinstance(item, Condition | Start):
             raise ArgumentError(f"conditions are made by `relprop.condition` and `relprop.start`, got {item!r}.")
-        chosen = select(item.selector, layers, "The condition at" if isinstance(item, Condition) else "The start at")
+        chosen = plan.select(item.selector, "The condition at" if isinstance(item, Condition) else "The start at")
         name, data = ("mask", item.mask) if isinstance(item, Condition) else ("seed", item.seed)
         for layer in chosen:
             key = _free(arrays, layer, name)
@@ -120,25 +121,13 @@ def resolve(conditions: Any, plan: Plan, explained: int) -> Taps:
                     f"`{around[layer][-1].name}`; it can inside of `scan` and `checkpoint`."
                 )
         if isinstance(item, Condition) and item.exclusive:
-            _exclude(plan.section, frozenset(chosen), around, explained, blocked)
+            exclusive.append((chosen, _exclude(plan.section, frozenset(chosen), around, explained, blocked)))
+    _check_in_line(exclusive)
     return Taps(arrays, frozenset(stepped), blocked)
 
 
-def select(selector: Any, layers: Sequence[Layer], what: str) -> list[Layer]:
-    """The layers that match, at least one."""
-    selector = as_selector(selector)
-    chosen = [layer for layer, on in zip(layers, selector.matches(layers), strict=True) if on]
-    if not chosen:
-        present = ", ".join(dict.fromkeys(layer.path or layer.kind for layer in layers)) or "none"
-        raise ArgumentError(f"{what} {selector} matches no layer. Layers here: {present}.")
-    return chosen
-
-
 def _free(arrays: dict[Key, Any], layer: Layer, name: str) -> Key:
-    number = 0
-    while (layer, name, number) in arrays:
-        number += 1
-    return layer, name, number
+    return next(key for number in itertools.count() if (key := Key(layer, name, number)) not in arrays)
 
 
 def _checked(data: Any, layer: Layer, steps: tuple[int, ...], name: str, plan: Plan) -> Any:
@@ -200,32 +189,51 @@ def _linear(function: Any, layer: Layer) -> Any:
 
 
 def _exclude(section: Section, chosen: frozenset[Layer], around, explained: int, blocked: dict[Any, frozenset[Value]]):
+    """Block what goes past the `chosen` layers; returns the values that depend on them."""
     for layer in chosen:
         if any(eqn.name not in REMAT for eqn in around[layer]):
             raise ArgumentError(
                 f"exclusive=True at the layer {layer.address} at {layer.source}: inside of a `{around[layer][-1].name}` it "
                 "is not clear which branches are parallel to it. Conditions there must not be exclusive."
             )
-    inside = _downstream(section, [False] * len(section.program.inputs), chosen, blocked)
-    for value, on in list(zip(section.program.outputs, inside, strict=True))[:explained]:
-        if value in section.live and not on:
+    inside: set[Value] = set()
+    _downstream(section, inside, chosen, blocked)
+    for value in section.program.outputs[:explained]:
+        if value in section.live and value not in inside:
             raise ArgumentError(
                 f"exclusive=True: an explained output {value.dtype}{list(value.shape)} does not depend on the layers "
                 f"{', '.join(layer.address for layer in chosen)}, so no relevance comes by them. Explain the others alone."
             )
+    return inside
 
 
-def _downstream(section: Section, flags: list[bool], chosen: frozenset[Layer], blocked) -> list[bool]:
-    """Which outputs depend on `chosen` layers; adds to `blocked` the operands by which relevance would go past them.
+def _check_in_line(exclusive: list[tuple[list[Layer], set[Value]]]) -> None:
+    """Raise where two exclusive conditions stand in branches parallel to each other: nothing passes both."""
+    for (first, below), (second, beside) in itertools.combinations(exclusive, 2):
+        if (
+            not any(v in below for layer in second for v in layer.live)
+            and not any(v in beside for layer in first for v in layer.live)
+            and set(first) != set(second)
+        ):
+            raise ArgumentError(
+                f"exclusive=True at {first[0].address} at {first[0].source} and at {second[0].address} at "
+                f"{second[0].source}: neither is above the other, so no relevance passes both. Put layers that are parallel "
+                "into one condition (`a | b`), or select layers that follow one another."
+            )
+
+
+def _downstream(section: Section, inside: set[Value], chosen: frozenset[Layer], blocked) -> None:
+    """Add to `inside` what depends on `chosen` layers, and to `blocked` the operands by which relevance would go past them.
 
     Such an operand does not depend on the layers itself, and is read by something, not one of them, that does.
     """
-    inside = {v for v, on in zip(section.program.inputs, flags, strict=True) if on}
 
     def visit(place, reads, writes):
-        if any(v in inside for v in reads):
+        past = frozenset(v for v in reads if v not in inside)
+        if len(past) < len(set(reads)):
             inside.update(writes)
-            blocked[place] = blocked.get(place, frozenset()) | {v for v in reads if v not in inside}
+            if past:
+                blocked[place] = blocked.get(place, frozenset()) | past
 
     for step in section.steps:
         if isinstance(step, Layer):
@@ -236,10 +244,10 @@ def _downstream(section: Section, flags: list[bool], chosen: frozenset[Layer], b
         elif isinstance(step, Plain):
             for eqn in step.equations:
                 visit(eqn, [v for v in eqn.inputs if v in section.live], eqn.outputs)
-        elif isinstance(step, Call) and not chosen.isdisjoint(step.bodies[0].layers()):
-            found = _downstream(step.bodies[0], [v in inside for v in step.equation.inputs], chosen, blocked)
-            inside.update(v for v, on in zip(step.equation.outputs, found, strict=True) if on)
+        elif step.equation.name not in REMAT:  # holds none of the layers, see `_exclude`
+            visit(step.equation, [v for v in step.equation.inputs if v in section.live], step.equation.outputs)
         else:
-            call = step.equation
-            visit(call, [v for v in call.inputs if v in section.live], call.outputs)
-    return [v in inside for v in section.program.outputs]
+            call, body = step.equation, step.bodies[0]
+            inside.update(v for v, given in zip(body.program.inputs, call.inputs, strict=True) if given in inside)
+            _downstream(body, inside, chosen, blocked)
+            inside.update(v for v, found in zip(call.outputs, body.program.outputs, strict=True) if found in inside)

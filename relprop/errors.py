@@ -29,6 +29,10 @@ class RelevanceLossError(RelpropError, ArithmeticError):
     """A layer keeps more relevance than is tolerated, or hands on what is not finite."""
 
 
+class StoreError(RelpropError, OSError):
+    """A store of relevance cannot be written, is damaged, or belongs to another run."""
+
+
 class UnusedSelectorWarning(UserWarning):
     """A selector of the given rules matched no layer of the function."""
 

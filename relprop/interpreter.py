@@ -70,7 +70,7 @@ class Interpreter:
         handed = [self._relative(rel, env, v) if needed or rule.is_relative else None for v in layer.live]
         inputs, handed = self.taps.into(layer, layer.live, inputs, handed)
         view = (AffineView if layer.kind in AFFINE_KINDS else LayerView)(layer, env)
-        view.rectified = layer in self.plan.rectified and self.taps.slot(layer, "seed") is None
+        view.rectified = layer in self.plan.rectified and not self.taps.adds_relevance(layer)
         value = rule.value(view, view.input(inputs[0])) if view.kind in AFFINE_KINDS else None
         value = view.evaluate(*inputs) if value is None else value
         marks = self.taps.slot(layer, "marks")
@@ -98,7 +98,8 @@ class Interpreter:
             marked_inputs, marked_handed = [marks, *inputs], [self.taps.slot(layer, "mark relatives"), *handed]
             passed = self._passed(layer, rule, again, marked_inputs, marked_handed, value)
             passed = passed if part is None else passed + part
-        (out,), (passed,) = self.taps.out(layer, [out], [passed if needed else None], started)
+        (out,), (passed,) = self.taps.out(layer, [out], [passed if needed else None])
+        started += self.taps.started(layer, out)
         env[layer.output] = out
         if needed:
             rel[layer.output] = passed
@@ -139,7 +140,7 @@ class Interpreter:
             moving = [i for i, r in enumerate(relatives) if r is not None]
             if any(needed) and moving:
                 handed = self._handed(eqn, evaluate, operands, relatives, moving, outputs)
-            outputs, handed = self.taps.out(eqn, outputs, handed, [])
+            outputs, handed = self.taps.out(eqn, outputs, handed)
             env.update(zip(eqn.outputs, outputs, strict=True))
             rel.update((v, r) for v, r in zip(eqn.outputs, handed, strict=True) if r is not None)
 
@@ -243,7 +244,7 @@ class Interpreter:
 
         def step(state, scanned):
             (carried, rel_carried), (xs, rel_xs, taps) = state, scanned
-            at_step = Interpreter(self.plan, self.registered, self.taps.at(dict(zip(tapped, taps, strict=True))))
+            at_step = Interpreter(self.plan, self.registered, self.taps.with_arrays(dict(zip(tapped, taps, strict=True))))
             rels = dict(zip(loop, rel_carried, strict=True))
             inputs = [*operands[:consts], *carried, *xs]
             given = [*relatives[:consts], *(rels.get(i) for i in range(carry)), *rel_xs]

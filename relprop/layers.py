@@ -5,6 +5,7 @@ scales and reshapes before the primitive have been applied, so that `x[i] * w[i,
 whatever chain the layer is made of. Scales after the primitive are folded into the weight.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -83,6 +84,12 @@ class LayerView:
     def bias(self) -> jax.Array:
         """What the layer gives for inputs of 0, in the shape of its output."""
         return self.evaluate(*(jnp.zeros_like(read(self._env, v)) for v in self.info.live))
+
+    def with_bias(self, bias: jax.Array) -> "LayerView":
+        """The same layer with another bias; what has been evaluated of its weights is kept."""
+        view = copy.copy(self)
+        view.bias = bias
+        return view
 
     def frozen(self, index: int = 0) -> jax.Array:
         """An operand that the layer holds constant: the statistic of a norm."""

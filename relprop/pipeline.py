@@ -1,7 +1,7 @@
 """One pipeline for all transformations: trace, plan, interpret with surrogates, transpose."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -37,7 +37,7 @@ class Planned:
     @property
     def starts(self) -> bool:
         """Whether relevance starts inside of the function, not at its output."""
-        return any(name == "seed" for _, name, _ in self.taps.arrays)
+        return any(key.name == "seed" for key in self.taps.arrays)
 
     def seeds(self, run: "Run") -> list[Any]:
         """The coefficients of the sources of relevance that the target asks for."""
@@ -49,31 +49,36 @@ class Planned:
         inputs = self.plan.section.program.inputs
         return [inputs[i] in self.plan.needed for i in self.leaves.explained]
 
-    def run(self, taps: Taps | None = None, indices: Sequence[int] | None = None) -> "Run":
+    def run(
+        self,
+        indices: Sequence[int] | None = None,
+        slots: Mapping[Key, Any] | None = None,
+        gauge: Callable[..., Any] | None = None,
+    ) -> "Run":
         """Evaluate the function with surrogates.
 
-        `taps` are those of the conditions by default; their slots are what is measured. `indices` are the arrays whose
-        relevance can be asked for, the explained ones by default.
+        `indices` are the arrays whose relevance can be asked for, the explained ones by default. What passes the `slots`
+        is measured by `gauge`, see `Taps`.
         """
-        taps = self.taps if taps is None else taps
         program, section, leaves = self.plan.section.program, self.plan.section, self.leaves
-        places = list(leaves.explained if indices is None else indices)
-        inputs = [leaves.arrays[i] for i in places]
-        keys = [key for key in taps.arrays if key not in self.taps.arrays]
+        indices = leaves.explained if indices is None else indices
+        inputs = [leaves.arrays[i] for i in indices]
+        slots = slots or {}
+        taps = dataclasses.replace(self.taps, stepped=self.taps.stepped | slots.keys(), gauge=gauge)
 
-        def evaluate(xs, rs, slots):
+        def evaluate(xs, rs, measured):
             operands = list(leaves.arrays)
             relatives: list[Any] = [None] * len(operands)
-            for i, x, r in zip(places, xs, rs, strict=True):
+            for i, x, r in zip(indices, xs, rs, strict=True):
                 operands[i], relatives[i] = x, r
-            interpreter = Interpreter(self.plan, REGISTERED, taps.at(dict(zip(keys, slots, strict=True))))
+            interpreter = Interpreter(self.plan, REGISTERED, taps.with_arrays(dict(zip(slots, measured, strict=True))))
             outputs, _, started = interpreter.evaluate(section, operands, relatives)
             return (started if self.starts else outputs[: self.explained]), outputs
 
-        needed = [program.inputs[i] in self.plan.needed for i in places]
+        needed = [program.inputs[i] in self.plan.needed for i in indices]
         zeros = [jnp.zeros_like(x) if on else None for x, on in zip(inputs, needed, strict=True)]
-        sources, transpose, outputs = jax.vjp(evaluate, inputs, zeros, [taps.arrays[key] for key in keys], has_aux=True)
-        return Run(outputs, sources, inputs, transpose, keys)
+        sources, transpose, outputs = jax.vjp(evaluate, inputs, zeros, list(slots.values()), has_aux=True)
+        return Run(outputs, sources, inputs, transpose, list(slots))
 
 
 @dataclasses.dataclass

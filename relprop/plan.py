@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .composite import Composite, short
-from .errors import RuleError
+from .errors import ArgumentError, RuleError
 from .jaxprs import Value, scan_groups
 from .ranges import Ranges
 from .rules.activation import Gradient, Identity
@@ -15,6 +15,7 @@ from .rules.affine import Zero
 from .rules.base import Rule
 from .rules.normalisation import Frozen
 from .rules.product import Uniform
+from .selectors import as_selector
 from .structure import Call, Layer, Plain, Section
 
 DEFAULTS: Mapping[str, Rule] = {
@@ -36,18 +37,42 @@ class Entry:
 
 
 class Plan:
-    """The layers of a function with their rules, in order of execution. Iterates over entries; prints as a table."""
+    """The layers of a function with their rules, in order of execution. Iterates over entries; prints as a table.
+
+    `around` are the calls (loops, branches, ...) that each layer is in, from the outermost inwards.
+    """
 
     def __init__(self, section: Section, composite: Composite):
         self.section = section
-        layers = list(section.layers())
-        rules = composite.assign(layers, DEFAULTS)
-        self.entries = [Entry(layer, rule) for layer, rule in zip(layers, rules, strict=True)]
+        self.around = {step: calls for step, calls in section.walk() if isinstance(step, Layer)}
+        self.layers = list(self.around)
+        rules = composite.assign(self.layers, DEFAULTS)
+        self.entries = [Entry(layer, rule) for layer, rule in zip(self.layers, rules, strict=True)]
         self.rules = {entry.layer.index: entry.rule for entry in self.entries}
         found: set[Value] = set()
         mark_relatives(section, self.rules, [False] * len(section.program.outputs), found)
         self.needed = frozenset(found)
         self.rectified = frozenset(_rectified(section, self.rules, self.needed))
+
+    def select(self, selector: Any, what: str = "The selector") -> list[Layer]:
+        """The layers that match, in order of execution.
+
+        Raises:
+            ArgumentError: there are none; `what` names the selector in the message.
+        """
+        selector = as_selector(selector)
+        chosen = [layer for layer, on in zip(self.layers, selector.matches(self.layers), strict=True) if on]
+        if not chosen:
+            present = ", ".join(dict.fromkeys(layer.path or layer.kind for layer in self.layers)) or "none"
+            raise ArgumentError(f"{what} {selector} matches no layer. Layers here: {present}.")
+        return chosen
+
+    def outside_of(self, calls: Collection[str], layer: Layer, why: str) -> None:
+        """Raise an `ArgumentError` that says `why` where a layer is inside of one of the `calls`, such as "scan"."""
+        inside = [eqn.name for eqn in self.around[layer] if eqn.name in calls]
+        if inside:
+            call = "loop" if inside[-1] == "scan" else f"`{inside[-1]}`"
+            raise ArgumentError(f"The layer {layer.address} at {layer.source} is inside of a {call}{why}")
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -71,8 +96,7 @@ def _rectified(section: Section, rules: Mapping[int, Rule], needed: frozenset[Va
     for part in section.sections():
         readers: dict[Value, list[Any]] = defaultdict(list)
         for step in part.steps:
-            equations = step.equations if isinstance(step, Plain) else (step.equation,) if isinstance(step, Call) else ()
-            for v in step.live if isinstance(step, Layer) else [v for eqn in equations for v in eqn.inputs]:
+            for v in step.reads:
                 readers[v].append(step)
         for step in part.steps:
             if isinstance(step, Layer) and step.output not in needed and step.output not in part.program.outputs:

@@ -1,14 +1,11 @@
 """Relevance at inner layers: value, coefficient and relevance at the output of every layer that a selector matches."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .conditions import select
-from .errors import ArgumentError
 from .pipeline import Fallback, prepare
 from .structure import Layer
 from .taps import Key, loops_around, relevance
@@ -65,28 +62,21 @@ def relevances(
 
     def located(*args, **kwargs):
         planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
-        around = {step: calls for step, calls in planned.plan.section.walk() if isinstance(step, Layer)}
-        layers = [entry.layer for entry in planned.plan]
+        plan = planned.plan
+        chosen = plan.select(at)
         slots: dict[Key, Any] = {}
-        for layer in select(at, layers, "The selector"):
-            if any(eqn.name == "shard_map" for eqn in around[layer]):
-                raise ArgumentError(
-                    f"The layer {layer.address} at {layer.source} is inside of a `shard_map`, where each device has a "
-                    "part of its output. Let the function return it, or ask for layers outside."
-                )
-            zeros = jnp.zeros((*loops_around(around[layer]), *layer.output_shape), layer.output.dtype)
-            slots[layer, "kept", 0] = LayerRelevance(zeros, zeros, zeros)
-        taps = planned.taps
-        taps = dataclasses.replace(
-            taps,
-            arrays={**taps.arrays, **slots},
-            stepped=taps.stepped | slots.keys(),
-            gauge=lambda key, *seen: _gauge(*seen),
-        )
-        run = planned.run(taps)
+        for layer in chosen:
+            plan.outside_of(
+                {"shard_map"},
+                layer,
+                ", where each device has a part of its output. Let the function return it, or ask for layers outside.",
+            )
+            zeros = jnp.zeros((*loops_around(plan.around[layer]), *layer.output_shape), layer.output.dtype)
+            slots[Key(layer, "kept")] = LayerRelevance(zeros, zeros, zeros)
+        run = planned.run(slots=slots, gauge=_gauge)
         _, measured = run.measured(planned.seeds(run))
-        names = name_layers(layers)
-        return {names[layer]: measured[layer, "kept", 0] for layer, _, _ in slots if isinstance(layer, Layer)}
+        names = name_layers(plan.layers)
+        return {names[layer]: measured[Key(layer, "kept")] for layer in chosen}
 
     return located
 

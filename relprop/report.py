@@ -9,7 +9,6 @@ import numpy as np
 
 from .errors import ArgumentError, RelevanceLossError
 
-CAUSES = ("bias", "epsilon", "f(0)", "softmax", "frozen", "fallback", "condition", "rule")
 _ADVICE = {
     "bias": "biases keep their share of a layer; bias='distribute' on the rule spreads it over the inputs, bias='ignore' "
     "takes them out of the denominator, and `argnums` can ask for their relevance",
@@ -21,6 +20,7 @@ _ADVICE = {
     "condition": "a condition takes relevance out here, as asked for",
     "rule": "the rule itself does not conserve here; choose another one for this layer",
 }
+CAUSES = tuple(_ADVICE)
 
 
 @dataclasses.dataclass(frozen=True)

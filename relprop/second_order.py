@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .conditions import Condition, condition, select
+from .conditions import Condition, condition
 from .errors import ArgumentError
 from .pipeline import Fallback, prepare
-from .structure import Layer
 from .surrogate import widen
 from .transform import explain, vjp
 
@@ -159,15 +158,14 @@ def walks(
         raise ArgumentError(f"axis={axis}: count the axis of nodes from the end, such as -2 in (nodes, features).")
 
     def walked(*args, **kwargs):
-        planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, False, fallback)
-        layers = select(at, [entry.layer for entry in planned.plan], "The selector")
-        around = {step: calls for step, calls in planned.plan.section.walk() if isinstance(step, Layer)}
+        plan = prepare(fn, rules, args, kwargs, argnums, parameters, target, False, fallback).plan
+        layers = plan.select(at)
         for layer in layers:
-            if any(eqn.name == "scan" for eqn in around[layer]):
-                raise ArgumentError(
-                    f"The layer {layer.address} at {layer.source} is inside of a loop, whose steps would all have one node. "
-                    "Write the loop out in Python, or select layers outside."
-                )
+            plan.outside_of(
+                {"scan"},
+                layer,
+                ", whose steps would all have one node. Write the loop out in Python, or select layers outside.",
+            )
         counts = [layer.output_shape[axis] for layer in layers]
 
         def one(*nodes):
@@ -187,7 +185,7 @@ def walks(
             return one(*above) if below == 0 else jax.vmap(lambda node: nested(node, *above))(jnp.arange(counts[below - 1]))
 
         found = lax.map(nested, jnp.arange(counts[-1]), batch_size=batch_size or counts[-1])
-        return found.transpose(range(found.ndim)[::-1])
+        return found.T
 
     return walked
 

@@ -122,8 +122,8 @@ def until(selector: Any) -> Selector:
     inner = as_selector(selector)
 
     def matches(layers):
-        found = [i for i, on in enumerate(inner.matches(layers)) if on][-1:]
-        return [bool(found) and i <= found[0] for i in range(len(layers))]
+        found = inner.matches(layers)
+        return [any(found[i:]) for i in range(len(found))]
 
     return Selector(matches, f"until({inner.text})", inner.required)
 

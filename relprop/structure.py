@@ -54,6 +54,11 @@ class Layer:
         return self.core.name
 
     @property
+    def reads(self) -> tuple[Value, ...]:
+        """What relevance can leave by, as in every step."""
+        return self.live
+
+    @property
     def scope(self) -> str:
         """The `named_scope` path, with that of the loop around it."""
         return "/".join(part for part in (self.section, self.core.scope) if part)
@@ -88,6 +93,10 @@ class Plain:
 
     equations: tuple[Equation, ...]
 
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return tuple(v for eqn in self.equations for v in eqn.inputs)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
@@ -95,6 +104,10 @@ class Call:
 
     equation: Equation
     bodies: tuple["Section", ...]
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return tuple(self.equation.inputs)
 
 
 Step = Layer | Plain | Call

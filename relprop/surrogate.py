@@ -70,7 +70,7 @@ def _held_jvp(f, primals, tangents):
     return jax.jvp(lambda moving: f(constant, moving), (x,), (tangents[1],))
 
 
-def wide_dtype(z: jax.Array) -> Any:
+def wide_dtype(z: Any) -> Any:
     """The dtype in which ratios of `z` are kept: float32 for half precision, else that of `z`."""
     return jnp.float32 if jnp.finfo(z.dtype).bits < 32 else z.dtype
 
@@ -82,8 +82,25 @@ def widen(z: jax.Array) -> jax.Array:
 
 def stabilize(z: jax.Array, epsilon=1e-6) -> jax.Array:
     """`z + epsilon * sign(z)` with `sign(0) = +1`, so that the result is at least `epsilon` away from 0."""
+    return z + stabilizer(z, epsilon)
+
+
+def stabilizer(z: jax.Array, epsilon: Any) -> jax.Array:
+    """`epsilon * sign(z)` with `sign(0) = +1`."""
     epsilon = jnp.asarray(epsilon, z.dtype)
-    return z + jnp.where(z < 0, -epsilon, epsilon)
+    return jnp.where(z < 0, -epsilon, epsilon)
+
+
+def in_proportion(total: jax.Array, z: jax.Array, epsilon: Any, share: Any = 1.0, empty: float = 0.0) -> jax.Array:
+    """A surrogate that shares relevance in proportion to the summands of `total`: `c_in = share c z / s(total)`.
+
+    The stabiliser is a summand too: its relevance is what it absorbs. Where the denominator is exactly 0 the ratio is
+    `empty`; where only the total is, nothing contributes, and `z / epsilon` would overflow in narrow dtypes: it is 0.
+    """
+    stable = stabilize(widen(total), epsilon)
+    ratio = quotient(z, stable, empty=empty)
+    ratio = jnp.where((total == 0) & (jnp.abs(ratio) > 1), jnp.zeros_like(ratio), ratio)
+    return scale_tangent(stable.astype(total.dtype), jnp.asarray(share, ratio.dtype) * ratio)
 
 
 def quotient(a: jax.Array, b: jax.Array, empty=0.0) -> jax.Array:

@@ -5,10 +5,10 @@ relevance, and a *slot* is an array of zeros whose cotangent is what a gauge rea
 measurements come out of the pass backwards as derivatives do, stacked by step where the place is inside of a loop.
 """
 
-import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,26 @@ from .structure import LINEAR_KINDS, Layer, Plain, Section
 from .surrogate import scale_tangent, wide_dtype, widen, with_tangent
 
 Place = Layer | Equation
-# What is kept for a place, by name: "mask" and "seed" of its output; the slots "into" (what it hands on), "out" (what
-# reaches it), "kept" (what its masks leave of that); "marks" and "mark relatives", see `marked`.
-Key = tuple[Place, str, int]
+
+
+class Key(NamedTuple):
+    """A hook of a place, by `name`, and its `number` where there may be several.
+
+    Of its output there are any number of "mask" and "seed", and the slots "out" (what reaches it) and "kept" (what its
+    masks leave of that); of its operands the slot "into" (what it hands on); and "marks", "mark relatives": see `marked`.
+    """
+
+    place: Place
+    name: str
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
     """Hooks by place. `arrays` holds masks, seeds and slots; those in `stepped` have one leading axis for each loop around.
 
-    `blocked` are values that a place hands nothing to. `gauge(key, values, coefficients, relatives)` is what a slot
-    receives, a pytree like the slot.
+    `blocked` are values that a place hands nothing to. `gauge(arrays, coefficients, relevances)` is what a slot receives
+    of what passes it, a pytree like the slot; a relevance is None where nothing is handed out regardless of the value.
     """
 
     arrays: Mapping[Key, Any] = dataclasses.field(default_factory=dict)
@@ -39,43 +48,45 @@ class Taps:
 
     def into(self, place: Place, values: Sequence[Value], arrays: list, relatives: list) -> tuple[list, list]:
         """The live operands `values` of a place, as it is to see them."""
-        arrays, relatives = self._measured((place, "into", 0), arrays, relatives)
+        arrays, relatives = self._measured(Key(place, "into"), arrays, relatives)
         for i, value in enumerate(values):
             if value in self.blocked.get(place, ()):
                 arrays[i] = with_tangent(arrays[i], jnp.zeros_like(arrays[i]))
                 relatives[i] = None if relatives[i] is None else jnp.zeros_like(relatives[i])
         return arrays, relatives
 
-    def out(self, place: Place, arrays: list, relatives: list, started: list) -> tuple[list, list]:
-        """The outputs of a place, as the rest of the program is to see them; adds to `started` what starts here."""
-        arrays, relatives = self._measured((place, "kept", 0), arrays, relatives)
+    def out(self, place: Place, arrays: list, relatives: list) -> tuple[list, list]:
+        """The outputs of a place, as the rest of the program is to see them."""
+        arrays, relatives = self._measured(Key(place, "kept"), arrays, relatives)
         for mask in self._all(place, "mask"):
             arrays = [masked(a, mask) for a in arrays]
             relatives = [r if r is None else masked(r, mask) for r in relatives]
-        arrays, relatives = self._measured((place, "out", 0), arrays, relatives)
-        for seed in self._all(place, "seed"):
-            started.extend(_started(a, seed(a) if callable(seed) else seed) for a in arrays)
-        return arrays, relatives
+        return self._measured(Key(place, "out"), arrays, relatives)
+
+    def started(self, layer: Layer, array: jax.Array) -> list[jax.Array]:
+        """The relevances that start at a layer, whose output is `array`."""
+        return [_started(array, seed(array) if callable(seed) else seed) for seed in self._all(layer, "seed")]
+
+    def adds_relevance(self, layer: Layer) -> bool:
+        """Whether a hook may give a coefficient to elements of the output that what reads it gives none."""
+        return any(True for _ in self._all(layer, "seed")) or any(map(callable, self._all(layer, "mask")))
 
     def slot(self, place: Place, name: str) -> Any:
         """The slot of a place, or None."""
-        return self.arrays.get((place, name, 0))
+        return self.arrays.get(Key(place, name))
 
-    def _all(self, place: Place, name: str):
-        number = 0
-        while (place, name, number) in self.arrays:
-            yield self.arrays[place, name, number]
-            number += 1
+    def _all(self, place: Place, name: str) -> Iterator[Any]:
+        for number in itertools.count():
+            if Key(place, name, number) not in self.arrays:
+                return
+            yield self.arrays[Key(place, name, number)]
 
     def _measured(self, key: Key, arrays: list, relatives: list) -> tuple[list, list]:
         arrays, relatives = list(arrays), list(relatives)
         if key not in self.arrays or self.gauge is None:
             return arrays, relatives
         on = [i for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.inexact)]
-        gauge = self.gauge
-        shown, handed = _through(
-            lambda *measured: gauge(key, *measured), [arrays[i] for i in on], [relatives[i] for i in on], self.arrays[key]
-        )
+        shown, handed = _through(self.gauge, [arrays[i] for i in on], [relatives[i] for i in on], self.arrays[key])
         for i, a, r in zip(on, shown, handed, strict=True):
             arrays[i], relatives[i] = a, r
         return arrays, relatives
@@ -83,11 +94,11 @@ class Taps:
     def scanned(self, body: Section) -> dict[Key, Any]:
         """What the steps of a loop around `body` get one slice of each."""
         inside = set(places(body))
-        return {key: self.arrays[key] for key in self.arrays if key in self.stepped and key[0] in inside}
+        return {key: array for key, array in self.arrays.items() if key in self.stepped and key.place in inside}
 
-    def at(self, step: Mapping[Key, Any]) -> "Taps":
-        """The taps of one step of a loop."""
-        return dataclasses.replace(self, arrays={**self.arrays, **step})
+    def with_arrays(self, arrays: Mapping[Key, Any]) -> "Taps":
+        """The same taps with other arrays: the slots to differentiate by, the slices for one step of a loop."""
+        return dataclasses.replace(self, arrays={**self.arrays, **arrays})
 
 
 def places(section: Section):
@@ -122,8 +133,7 @@ def marked(marks: Any, rule: Any, view: LayerView, z: jax.Array) -> tuple[Any, L
     if view.kind in LINEAR_KINDS:
         bias = jnp.where(jnp.isfinite(view.bias), view.bias, jnp.zeros_like(view.bias))
         scaled = (widen(bias) * marks[0].astype(wide_dtype(bias))).astype(bias.dtype)
-        view = copy.copy(view)
-        vars(view)["bias"] = scaled
+        view = view.with_bias(scaled)
         z = with_tangent(z, z + (scaled - bias))
     return rule, view, z
 

@@ -11,7 +11,7 @@ number and the network is compiled once.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ __all__ = ["relevant_pattern", "sliding_window", "translated"]
 Array = jax.Array | np.ndarray
 Padding = Literal["edge", "wrap", "reflect", "symmetric", "constant"]
 
-PADDINGS = ("edge", "wrap", "reflect", "symmetric", "constant")
+PADDINGS = get_args(Padding)
 
 
 def translated(

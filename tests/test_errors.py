@@ -1,5 +1,6 @@
 """Wrong input gets an error that says what was given, what was expected, where, and what to do."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -50,6 +51,11 @@ CASES = {
         lambda: rp.explain(dense, None, target=2)(W, X),
         rp.TargetError,
         r"target=2 is out of range.*2 classes",
+    ),
+    "a class that is not there, under jit": (
+        lambda: jax.jit(rp.explain(dense, None, target=2))(W, X),
+        rp.TargetError,
+        r"target=2 is out of range",
     ),
     "targets of a wrong shape": (
         lambda: rp.explain(dense, None, target=jnp.zeros(3, int))(W, X),

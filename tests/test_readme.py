@@ -20,7 +20,8 @@ def registry():
     REGISTERED.clear()
 
 
-def test_the_blocks_run_one_after_another(default_promotion, registry):
+def test_the_blocks_run_one_after_another(default_promotion, registry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one block writes a file
     names = {}
     with jax.enable_x64(False):
         for block in BLOCKS:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..conditions import select, start
+from ..conditions import start
 from ..errors import ArgumentError
 from ..plan import Plan
 from ..relevances import relevances
@@ -18,7 +18,7 @@ from ..rules.merge import window_sum
 from ..rules.relative import Flat
 from ..selectors import optional
 from ..structure import Layer
-from ..surrogate import reciprocal, scale_tangent, widen
+from ..surrogate import reciprocal, scale_tangent, wide_dtype, widen
 from ..transform import explain, plan
 
 
@@ -94,14 +94,11 @@ def references(
     @jax.jit
     def update(found, *args):
         layer = _only(plan(fn, rules, target=target, **options)(*args), at)
-        located = relevances(fn, rules, at=at, target=target, conditions=conditions, **options)(*args)
-        if len(located) != 1 or layer.output.ndim < 2:
+        (measured,) = relevances(fn, rules, at=at, target=target, conditions=conditions, **options)(*args).values()
+        if layer.output.ndim < 2:
             raise ArgumentError(
                 f"The layer {layer.address} needs an output (batch, ..., channels), not {layer.output_shape}."
             )
-        (measured,) = located.values()
-        if measured.value.ndim != layer.output.ndim:
-            raise ArgumentError(f"The layer {layer.address} at {layer.source} is inside of a loop; select one outside.")
         found = _nothing(layer, count) if found is None else found
         indices = found.seen + jnp.arange(measured.value.shape[0], dtype=jnp.int32)
         return References(
@@ -114,16 +111,17 @@ def references(
 
 
 def _only(planned: Plan, at: Any) -> Layer:
-    chosen = select(at, [entry.layer for entry in planned], "The selector")
+    chosen = planned.select(at)
     if len(chosen) != 1:
         raise ArgumentError(f"References are of one layer, but {at!r} matches {len(chosen)}: {[c.address for c in chosen]}.")
+    planned.outside_of({"scan"}, chosen[0], "; select a layer outside.")
     return chosen[0]
 
 
 def _nothing(layer: Layer, count: int) -> References:
     channels, axes = layer.output_shape[-1], layer.output.ndim - 2
     empty = Ranking(
-        jnp.full((channels, count), -jnp.inf, widen(jnp.zeros((), layer.output.dtype)).dtype),
+        jnp.full((channels, count), -jnp.inf, wide_dtype(layer.output)),
         jnp.full((channels, count), -1, jnp.int32),
         jnp.zeros((channels, count, axes), jnp.int32),
     )

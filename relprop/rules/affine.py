@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
-from ..surrogate import quotient, reciprocal, scale_tangent, stabilize, widen, with_tangent
+from ..surrogate import in_proportion, quotient, reciprocal, scale_tangent, with_tangent
 from .base import Rule, check_number
 
 Bias = Literal["absorb", "ignore", "distribute"]
@@ -45,14 +45,7 @@ class AffineRule(Rule):
 
     def __call__(self, layer, x, z):
         epsilon = getattr(self, "epsilon", 0.0)
-        parts = []
-        for share, total in self.terms(layer, x, z):
-            stable = stabilize(widen(total), epsilon)
-            ratio = quotient(z, stable, empty=self.empty)
-            # Nothing contributes to a total of exactly 0; z / epsilon would only overflow in narrow dtypes.
-            ratio = jnp.where((total == 0) & (jnp.abs(ratio) > 1), jnp.zeros_like(ratio), ratio)
-            # The stabiliser is a part of what is scaled: its relevance is what it absorbs.
-            parts.append(scale_tangent(stable.astype(total.dtype), jnp.asarray(share, ratio.dtype) * ratio))
+        parts = [in_proportion(total, z, epsilon, share, self.empty) for share, total in self.terms(layer, x, z)]
         return sum(parts[1:], parts[0])
 
     @property
@@ -166,13 +159,13 @@ class AlphaBeta(AffineRule):
         return positive_part(layer, x) + negative_part(layer, x) + layer.bias
 
     def terms(self, layer, x, z):
-        if self._no_beta:
-            up = positive_part(layer, x)
-            return [(self.alpha, up if self.bias == "ignore" or not layer.has_bias else up + positive(layer.bias))]
-        up, down = positive_part(layer, x), negative_part(layer, x)
-        if layer.has_bias and self.bias != "ignore":
-            up, down = up + positive(layer.bias), down + negative(layer.bias)
-        return [(self.alpha, up), (-self.beta, down)]
+        counts_bias = layer.has_bias and self.bias != "ignore"
+        up = positive_part(layer, x)
+        found = [(self.alpha, up + positive(layer.bias) if counts_bias else up)]
+        if not self._no_beta:
+            down = negative_part(layer, x)
+            found.append((-self.beta, down + negative(layer.bias) if counts_bias else down))
+        return found
 
     @property
     def _no_beta(self) -> bool:
@@ -218,15 +211,15 @@ class Gamma(AffineRule):
     empty: ClassVar[float] = 1.0
 
     def terms(self, layer, x, z):
-        gamma = jnp.asarray(self.gamma, layer.weight.dtype)
         g = jnp.asarray(self.gamma, z.dtype)
-        bias = layer.bias if layer.has_bias and self.bias != "ignore" else jnp.zeros_like(z)
-        base = layer.linear(x) if self.bias == "ignore" else z
-        up = layer.with_weights(lambda w: w + gamma * positive(w))
-        down = layer.with_weights(lambda w: w + gamma * negative(w))
+        ignored = layer.has_bias and self.bias == "ignore"
+        base = layer.linear(x) if ignored else z
+        bias = layer.bias if layer.has_bias and not ignored else jnp.zeros_like(z)
+        up = layer.with_weights(lambda w: w + jnp.asarray(self.gamma, w.dtype) * positive(w))
+        down = layer.with_weights(lambda w: w + jnp.asarray(self.gamma, w.dtype) * negative(w))
         rise = up(x) if layer.nonnegative else up(positive(x)) + down(negative(x))
         rise = rise + bias + g * positive(bias)
-        if layer.rectified and (base is z or not layer.has_bias):
+        if layer.rectified and not ignored:  # the sign of `base` is then that of `z`
             return [(1.0, rise)]
         fall = down(x) if layer.nonnegative else down(positive(x)) + up(negative(x))
         fall = fall + bias + g * negative(bias)

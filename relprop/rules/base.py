@@ -141,11 +141,6 @@ class Graded(Rule):
 
     make: Callable[[float], Any]
 
-    @property
-    def has_coefficients(self) -> bool:
-        """Whether the rule has a part that is proportional to the input."""
-        return type(self).__call__ is not Rule.__call__
-
     def at(self, rank: int, count: int) -> Rule:
         return as_rule(self.make(rank / max(count - 1, 1)))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..surrogate import quotient, scale_tangent, stabilize, widen
+from ..surrogate import in_proportion, quotient, scale_tangent
 from .base import Rule, check_number
 
 
@@ -31,8 +31,7 @@ class Norm(Rule):
         check_number(self, "epsilon")
 
     def __call__(self, layer, x, z):
-        stable = stabilize(widen(z), self.epsilon)
-        return scale_tangent(stable.astype(z.dtype), quotient(z, stable))
+        return in_proportion(z, z, self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +85,7 @@ class ProportionalPool(Rule):
         check_number(self, "epsilon")
 
     def __call__(self, layer, x, z):
-        stable = stabilize(widen(window_sum(layer, x)), self.epsilon)
-        return scale_tangent(stable.astype(z.dtype), quotient(z, stable))
+        return in_proportion(window_sum(layer, x), z, self.epsilon)
 
 
 def window_sum(layer, x) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import RuleError
-from ..surrogate import reciprocal, scale_tangent, stabilize, widen, with_tangent
+from ..surrogate import reciprocal, scale_tangent, stabilize, stabilizer, widen, with_tangent
 from .affine import negative, positive
 from .base import Rule, check_number
 
@@ -108,6 +108,5 @@ class ZBox(Rule):
 
 def _shared(part, total, epsilon):
     """`part / s(total)`, a map of relatives, in which the stabiliser has its own part: what it absorbs."""
-    stabilizer = stabilize(jnp.zeros_like(total), epsilon) * jnp.where(total < 0, -1, 1).astype(total.dtype)
-    shared = with_tangent(jnp.zeros_like(part), part + stabilizer)
+    shared = with_tangent(jnp.zeros_like(part), part + stabilizer(total, epsilon))
     return scale_tangent(shared, reciprocal(stabilize(widen(total), epsilon)))
