@@ -70,7 +70,7 @@ def draw(explained):
     for block, (digit, image, relevance, heatmaps, references) in enumerate(explained):
         rows = panels[CHANNELS * block : CHANNELS * (block + 1)]
         rows[0, 0].imshow(image[..., 0], cmap="gray")
-        rows[0, 0].set_title(f"a {digit}", fontsize="small")
+        rows[0, 0].set_title(f"digit {digit}", fontsize="small")
         heatmap(heatmaps.sum(0), layout="HWC", ax=rows[0, 1])
         rows[0, 1].set_title("all", fontsize="small")
         for row, channel in zip(rows, np.argsort(-relevance)[:CHANNELS], strict=True):
@@ -79,8 +79,8 @@ def draw(explained):
             for first, images in zip((3, 3 + REFERENCES), references, strict=True):
                 for ax, picture in zip(row[first:], images[channel], strict=False):
                     ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        rows[0, 3].set_title(f"matters most for a {digit}", fontsize="small", loc="left")
-        rows[0, 3 + REFERENCES].set_title("most active", fontsize="small", loc="left")
+        rows[0, 3].set_title(f"matter most for the {digit} (dim: out of view)", fontsize="small", loc="left")
+        rows[0, 3 + REFERENCES].set_title("most active (dim: out of view)", fontsize="small", loc="left")
     return figure
 
 
@@ -92,7 +92,10 @@ def main():
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    fn = CNN().apply
+
+    def fn(params, x):
+        return CNN().apply(params, x)
+
     (images, labels), (test_images, test_labels) = load()
     params = train(CNN(), images, labels, steps=100 if arguments.short else 600)
     predicted = jnp.argmax(jax.jit(fn)(params, test_images), axis=-1)
@@ -117,7 +120,9 @@ def main():
         for channel in np.argsort(-relevance)[:CHANNELS]:
             digits = labels[np.asarray(found.activation.example[channel])]
             print(f"  channel {channel:2}  relevance {relevance[channel]:6.2f}   {' '.join(map(str, digits))}")
-        print(f"  all {len(relevance)}      relevance {relevance.sum():6.2f}   pixels {heatmaps.sum():.2f}")
+        print(
+            f"  all {len(relevance)}      relevance {relevance.sum():6.2f}   pixels {heatmaps.sum():.2f}; biases below keep the rest"
+        )
 
     draw(explained).savefig(arguments.out, dpi=120)
     print(f"\nchannels and what they see: {arguments.out.resolve()}")

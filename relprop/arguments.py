@@ -61,6 +61,12 @@ def normalise_argnums(argnums: int | Sequence[int], count: int, name: str = "arg
     return tuple(found)
 
 
+def checked_batch_size(batch_size: int | None) -> None:
+    """Refuse a number that is no size of a batch; None means all at once."""
+    if batch_size is not None and not (isinstance(batch_size, int | np.integer) and batch_size >= 1):
+        raise ArgumentError(f"batch_size is how many are done at once, an int of at least 1 or None, got {batch_size!r}.")
+
+
 def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Leaves:
     """Sort out the leaves of a call; see `Leaves`."""
     if not args:

@@ -117,7 +117,7 @@ class Interpreter:
             r = jnp.broadcast_to(relatives[1], value.shape).astype(value.dtype)
             return scale_tangent(r, quotient(tangent, value, empty=1.0))
         selects = layer.kind == "max_pool" and rule.selects
-        directions = relatives if selects else jax.tree.map(jnp.multiply, inputs, relatives)
+        directions = relatives if selects else jax.tree.map(_direction, inputs, relatives)
         _, tangent = jax.jvp(surrogate, tuple(inputs), tuple(directions))
         return tangent if selects else scale_tangent(tangent, reciprocal(value))
 
@@ -167,7 +167,10 @@ class Interpreter:
 
         xs, rs = [operands[i] for i in moving], [relatives[i] for i in moving]
         selects = eqn.name in prims.SELECTION
-        directions = rs if selects else [x * r for x, r in zip(xs, rs, strict=True)]
+        if len(moving) == 1 and eqn.name in prims.LINEAR:  # element by element, as at a scale
+            (r,) = rs
+            return [jnp.broadcast_to(r, out.shape).astype(out.dtype) for out in outputs]
+        directions = rs if selects else [_direction(x, r) for x, r in zip(xs, rs, strict=True)]
         _, tangents = jax.jvp(of_moving, tuple(xs), tuple(directions))
         found = iter(tangents)
         handed: list[Any] = []
@@ -263,3 +266,8 @@ class Interpreter:
         )
         found = {**dict(zip(loop, rel_carried, strict=True)), **dict(zip(stacked, rel_ys, strict=True))}
         return [*carried, *ys], [found[i] for i in asked], started
+
+
+def _direction(x, r):
+    """The perturbation `x r`; what is infinite (a mask) cannot move."""
+    return jnp.where(jnp.isinf(x), jnp.zeros_like(x), x) * r

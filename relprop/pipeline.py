@@ -17,7 +17,7 @@ from .plan import Plan
 from .recognise import number, recognise
 from .registry import REGISTERED
 from .structure import Options
-from .taps import Key, Taps
+from .taps import Key, Taps, relevance
 
 Fallback = Literal["gradient"] | None
 
@@ -102,7 +102,7 @@ class Run:
     def measured(self, seeds) -> tuple[list[Any], dict[Key, Any]]:
         """The relevance of each input, and what the slots measure."""
         cs, rs, slots = self.transpose(seeds)
-        relevances = [x * c if r is None else x * c + r for x, c, r in zip(self.inputs, cs, rs, strict=True)]
+        relevances = [relevance(x, c, r) for x, c, r in zip(self.inputs, cs, rs, strict=True)]
         return relevances, dict(zip(self.keys, slots, strict=True))
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .arguments import checked_batch_size, normalise_argnums
 from .conditions import Condition, condition
 from .errors import ArgumentError
 from .pipeline import Fallback, prepare
@@ -30,14 +31,23 @@ class Similarity(NamedTuple):
     @property
     def joint(self) -> jax.Array:
         """The relevance of pairs, `sum_m left[m, i] right[m, j]`: the axes of the left, then those of the right."""
-        return jnp.tensordot(self.left, self.right, axes=(0, 0))
+        return self._each(lambda left, right: jnp.tensordot(left, right, axes=(0, 0)), self.left, self.right)
 
     @property
     def kept(self) -> jax.Array:
         """What pairs leave to biases and the like: of one input with those of the other, and among themselves."""
-        features = len(self.left_kept)
-        left, right = (side.reshape(features, -1).sum(-1) for side in (self.left, self.right))
-        return left @ self.right_kept + self.left_kept @ right + self.left_kept @ self.right_kept
+
+        def kept(left, right, left_kept, right_kept):
+            left, right = (side.sum(range(1, side.ndim)) for side in (left, right))
+            return left @ right_kept + left_kept @ right + left_kept @ right_kept
+
+        return self._each(kept, self.left, self.right, self.left_kept, self.right_kept)
+
+    def _each(self, function, *arrays):
+        """`function` for each of the pairs over which `bilrp` was mapped."""
+        for _ in range(self.value.ndim):
+            function = jax.vmap(function)
+        return function(*arrays)
 
 
 def bilrp(
@@ -52,6 +62,8 @@ def bilrp(
     batch_size: int | None = None,
 ) -> Callable[..., Similarity]:
     """Explain a similarity, the dot product of two embeddings, by pairs of elements of the two inputs.
+
+    One pair of inputs: `jax.vmap` it over several.
 
     Each feature of an embedding is explained by its own input, and the products are summed over features. BiLRP, Eberle
     et al. 2020 ("Building and interpreting deep similarity models"). An `fn` that normalises its output gives the cosine.
@@ -74,8 +86,7 @@ def bilrp(
         >>> float(found.value), found.joint.tolist()
         (14.0, [[10.0, 0.0], [4.0, 0.0]])
     """
-    if batch_size is not None and batch_size < 1:
-        raise ArgumentError(f"batch_size is a number of features, at least 1, got {batch_size}.")
+    checked_batch_size(batch_size)
 
     def side(args):
         embedding, pullback = vjp(
@@ -83,8 +94,11 @@ def bilrp(
         )
         leaves = jax.tree_util.tree_leaves(embedding)
         form: Any = jax.tree_util.tree_structure(embedding)
+        shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
         if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-            raise ArgumentError(f"bilrp explains the dot product of two arrays of floats, but the function returns {form}.")
+            raise ArgumentError(
+                f"bilrp explains the dot product of two arrays of floats, but the function returns {shapes}."
+            )
         features = leaves[0].ravel()
 
         def feature(m):
@@ -97,7 +111,7 @@ def bilrp(
             return pooled
 
         found = lax.map(feature, jnp.arange(features.size), batch_size=batch_size or max(features.size, 1))
-        return features, found, features - widen(found).reshape(features.size, -1).sum(-1).astype(features.dtype)
+        return features, found, features - widen(found).sum(range(1, found.ndim)).astype(features.dtype)
 
     def similarity(*args):
         if len(args) < 2:
@@ -154,6 +168,7 @@ def walks(
         [[1.0, 0.0], [3.0, 3.0]]
     """
 
+    checked_batch_size(batch_size)
     if axis >= 0:
         raise ArgumentError(f"axis={axis}: count the axis of nodes from the end, such as -2 in (nodes, features).")
 
@@ -166,11 +181,23 @@ def walks(
                 layer,
                 ", whose steps would all have one node. Write the loop out in Python, or select layers outside.",
             )
-        counts = [layer.output_shape[axis] for layer in layers]
+        explained = jax.tree.leaves(args[normalise_argnums(argnums, len(args))[0]])
+        if len(explained) != 1 or jnp.ndim(explained[0]) < -axis:
+            raise ArgumentError(
+                f"walks explain one array with nodes along axis {axis}, got {jax.tree.map(jnp.shape, explained)}."
+            )
+        count = jnp.shape(explained[0])[axis]
+        for layer in layers:
+            if layer.output.ndim < -axis or layer.output_shape[axis] != count:
+                raise ArgumentError(
+                    f"The input has {count} nodes along axis {axis}, but the {layer.kind} layer {layer.address} at "
+                    f"{layer.source} has the output {layer.output_shape}. Select the layers that hold states of nodes, with "
+                    "relprop.path(...) or relprop.where(lambda layer: ...)."
+                )
 
         def one(*nodes):
             masks = []
-            for layer, count, node in zip(layers, counts, nodes, strict=True):
+            for layer, node in zip(layers, nodes, strict=True):
                 mask = (jnp.arange(count) == node).astype(layer.output.dtype)
                 masks.append(_at_index(layer.index, mask.reshape((count,) + (1,) * (-axis - 1))))
             relevance = explain(
@@ -182,9 +209,9 @@ def walks(
         def nested(*above):
             """The walks that go on through the nodes `above`: axes from the layer below these down to the input."""
             below = len(layers) - len(above)
-            return one(*above) if below == 0 else jax.vmap(lambda node: nested(node, *above))(jnp.arange(counts[below - 1]))
+            return one(*above) if below == 0 else jax.vmap(lambda node: nested(node, *above))(jnp.arange(count))
 
-        found = lax.map(nested, jnp.arange(counts[-1]), batch_size=batch_size or counts[-1])
+        found = lax.map(nested, jnp.arange(count), batch_size=batch_size or max(count, 1))
         return found.T
 
     return walked

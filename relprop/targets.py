@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .arguments import seeds
+from .arguments import checked_batch_size, seeds
 from .errors import ArgumentError
 from .pipeline import Fallback, prepare
 
@@ -51,8 +51,7 @@ def explain_targets(
         >>> rp.explain_targets(lambda w, x: x @ w, None)(w, jnp.array([1.0, 2.0])).tolist()
         [[1.0, 0.0], [2.0, 2.0], [3.0, 0.0]]
     """
-    if batch_size is not None and batch_size < 1:
-        raise ArgumentError(f"batch_size is a number of targets, at least 1, got {batch_size}.")
+    checked_batch_size(batch_size)
 
     def explained(*args, **kwargs):
         planned = prepare(fn, rules, args, kwargs, argnums, parameters, 0, False, fallback, conditions)

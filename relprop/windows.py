@@ -127,7 +127,7 @@ def sliding_window(
     show it. Near the border of the image there are fewer of these.
 
     The window moves by `stride` from index 0 on. Where this does not end at the border, one more window lies flush with
-    it, so that every pixel is seen.
+    it, so that the border is seen.
 
     Args:
         explain: a function of any arguments that returns the relevance of the last positional one, a batch of windows:

@@ -478,3 +478,21 @@ def test_an_explained_output_past_an_exclusive_condition():
     condition = rp.condition(numbered(0), jnp.eye(4)[0], exclusive=True)
     alone = explain_loop(fn, None, condition, target=lambda out: out[0])
     assert_equal(alone, explain_loop(unrolled, None, rp.condition(numbered(0), jnp.eye(4)[0])))
+
+
+def test_a_function_as_a_mask_below_a_relu_is_seen_by_gamma():
+    """A projection gives coefficients to outputs that are negative, which a relu alone would not."""
+    a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (3, 4)), (2, (4, 2))))
+    projection = jnp.full((4, 4), 0.25)
+    mask = rp.condition(rp.path("a"), lambda h: h @ projection)
+
+    def rectified(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+    def read_twice(params, x):
+        h = x @ params["a"]
+        return jax.nn.relu(h) @ params["b"] + 0.0 * h.sum()
+
+    params, x = {"a": a, "b": b}, jnp.array([1.0, -2.0, 3.0])
+    found, general = (rp.explain(fn, rp.Gamma(1.0), conditions=mask)(params, x) for fn in (rectified, read_twice))
+    np.testing.assert_allclose(found, general, rtol=1e-9)

@@ -329,3 +329,20 @@ def test_the_gradient_of_an_explanation_sees_statistics_and_softmax_move():
     for i, j in ((0, 0), (3, 1)):
         step = jnp.zeros_like(w).at[i, j].set(h)
         np.testing.assert_allclose(slope[i, j], (score(w + step) - score(w - step)) / (2 * h), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["where", "added"])
+def test_masks_of_infinity_have_no_part_in_relative_space(mask):
+    """Under Flat, relevance passes a softmax below it as perturbations `x * r`: what is masked cannot move."""
+    on = jnp.array([True, True, False])
+
+    def masked(w, x, low):
+        logits = jnp.where(on, x, low) if mask == "where" else x + jnp.where(on, 0.0, low)
+        return jax.nn.softmax(logits) @ w
+
+    args = jnp.arange(3.0)[:, None], jnp.array([1.0, 2.0, 3.0])
+    explain = rp.explain(masked, rp.Flat(), argnums=1, parameters=())
+    found, finite = explain(*args, -jnp.inf), explain(*args, -1e9)
+    np.testing.assert_allclose(found, finite, rtol=1e-9)
+    assert found[1] != 0
+    assert found[2] == 0

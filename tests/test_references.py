@@ -143,6 +143,66 @@ def test_receptive_field_of_a_unit_behind_a_pool_in_a_network():
             assert touched[:, axis].max() < box[axis, 1]
 
 
+def test_receptive_field_does_not_depend_on_values():
+    """Dead units, weights of 0 by structure, activations that are 0: what is connected is seen, what is not is not."""
+    positions = jnp.arange(4)[:, None]
+
+    def signal(w, x):
+        dims = ("NWC", "WIO", "NWC")
+        return jax.nn.relu(lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=dims) - 100.0)
+
+    x = jnp.ones((1, 6, 1))
+    whole = receptive_field(signal, at="activation")(positions, jnp.ones((3, 1, 1)), x)
+    np.testing.assert_array_equal(whole[:, 0], [[0, 3], [1, 4], [2, 5], [3, 6]])
+    causal = jnp.array([1.0, 1.0, 0.0]).reshape(3, 1, 1)
+    np.testing.assert_array_equal(receptive_field(signal, at="conv")(positions, causal, x)[:, 0, 1], [2, 3, 4, 5])
+
+
+def test_a_dense_layer_sees_everything():
+    boxes = receptive_field(lambda w, x: x.mean((1, 2)) @ w, at="dense")
+    found = boxes(jnp.zeros((2, 0), int), jnp.ones((1, 3)), IMAGES)
+    np.testing.assert_array_equal(found, [[[0, 6], [0, 6], [0, 1]]] * 2)
+
+
+def test_channels_may_come_first():
+    def first(w, x):
+        return lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NCHW", "HWIO", "NCHW"))
+
+    x = IMAGES.transpose(0, 3, 1, 2)
+    last = references(conv_only, rp.Epsilon(), at="conv", count=3, target=None)(None, W, IMAGES)
+    found = references(first, rp.Epsilon(), at="conv", channels=1, count=3, target=None)(None, W, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, last)
+    box = receptive_field(first, at="conv", channels=1)(jnp.array([1, 2]), W, x)
+    np.testing.assert_array_equal(box, [[0, 1], [1, 4], [2, 5]])
+
+
+def conv_only(w, x):
+    return conv(x, w)
+
+
+def test_flags_are_static_and_nan_is_no_reference():
+    def model(w, train, x):
+        return x @ w if train is False else x
+
+    x = jnp.array([[1.0, 2.0], [jnp.nan, 0.0], [0.5, 9.0]])
+    found = references(model, None, at="dense", count=2, target=0)(None, jnp.eye(2), False, x)
+    np.testing.assert_array_equal(found.activation.example, [[0, 2], [2, 0]])
+
+
+def test_the_batch_must_be_where_it_is_looked_for():
+    with pytest.raises(rp.ArgumentError, match="the batch of the explained input"):
+        references(lambda w, x: x.reshape(-1, 1) @ w, None, at="dense", target=None)(
+            None, jnp.ones((1, 2)), jnp.ones((3, 4))
+        )
+    update = references(fn, None, at="conv", count=2, target=None)
+    with pytest.raises(rp.ArgumentError, match="Start with None"):
+        update(references(fn, None, at="conv", count=3, target=None)(None, W, IMAGES), W, IMAGES)
+    with pytest.raises(rp.ArgumentError, match="one array of floats"):
+        receptive_field(lambda e, t: e[t].sum(-1), at="activation")(jnp.array([0]), jnp.ones((3, 2)), jnp.ones((1, 2), int))
+    with pytest.raises(rp.ArgumentError, match="out of range"):
+        receptive_field(fn, at="conv")(jnp.array([0, 9]), W, IMAGES)
+
+
 def test_positions_must_fit_the_layer():
     with pytest.raises(rp.ArgumentError, match="2 indices of a unit"):
         receptive_field(fn, at="conv")(jnp.array([1]), W, IMAGES)

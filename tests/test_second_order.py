@@ -85,6 +85,16 @@ def test_walks_say_what_does_not_fit(options, message):
         rp.walks(graph_network, None, **options)(X)
 
 
+def test_walks_need_layers_one_after_the_other_over_the_nodes_of_the_input():
+    def parallel(x):
+        return (jax.nn.relu(A @ x) + jax.nn.relu(A @ A @ x)).sum()
+
+    with pytest.raises(rp.ArgumentError, match="parallel"):
+        rp.walks(parallel, None, at="activation")(X)
+    with pytest.raises(rp.ArgumentError, match="3 nodes along axis -2, but the activation"):
+        rp.walks(lambda x: jax.nn.relu(jnp.ones((2, 3)) @ jax.nn.relu(A @ x)).sum(), None, at="activation")(X)
+
+
 def test_walks_through_a_loop_are_refused():
     def fn(x):
         return jax.lax.scan(lambda h, _: (jax.nn.relu(A @ h), None), x, None, length=2)[0].sum()
@@ -124,6 +134,15 @@ def test_pairs_and_what_biases_keep_sum_to_the_similarity(batch_size):
     assert found.joint.shape == (length, length)
     assert abs(found.kept) > 1e-3 * abs(found.value)
     np.testing.assert_allclose(found.joint.sum() + found.kept, found.value, rtol=1e-10)
+
+
+def test_pairs_of_several_inputs_by_vmap():
+    explain = rp.bilrp(embedding, rp.Epsilon(0.0))
+    many = jax.vmap(explain, (None, 0, 0))(W[0], X, X[::-1])
+    for i in range(3):
+        one = explain(W[0], X[i], X[2 - i])
+        np.testing.assert_allclose(many.joint[i], one.joint, rtol=1e-12)
+        np.testing.assert_allclose(many.kept[i], one.kept, atol=1e-12)
 
 
 def test_pairs_say_what_does_not_fit():

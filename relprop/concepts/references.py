@@ -1,33 +1,34 @@
 """Reference examples: which inputs a channel responds to most, and which it matters most for; and what it sees of them."""
 
-import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..arguments import is_array, normalise_argnums
 from ..conditions import start
 from ..errors import ArgumentError
+from ..pipeline import Fallback
 from ..plan import Plan
 from ..relevances import relevances
-from ..rules.base import Rule
 from ..rules.merge import window_sum
-from ..rules.relative import Flat
 from ..selectors import optional
 from ..structure import Layer
-from ..surrogate import reciprocal, scale_tangent, wide_dtype, widen
+from ..surrogate import wide_dtype, widen
 from ..transform import explain, plan
 
 
 class Ranking(NamedTuple):
     """The best examples of every channel, best first.
 
-    `score` (channels, count) is -inf and `example` -1 where there were not enough. `example` counts examples in the order
-    in which they came. `position` (channels, count, axes) is the index of the channel's largest element in each, along the
-    axes between the batch and the channels.
+    `score` (channels, count) is -inf and `example` -1 where there were not enough; a score that is NaN is no reference.
+    `example` counts examples in the order in which they came. `position` (channels, count, axes) is the index of the
+    channel's largest element in each, along the axes other than the batch and the channels.
     """
 
     score: jax.Array
@@ -48,12 +49,13 @@ def references(
     rules: Any,
     *,
     at: Any,
+    channels: int = -1,
     count: int = 8,
     score: Literal["sum", "max"] = "sum",
     argnums: int = -1,
     target: Any = "top",
     parameters: int | Sequence[int] | None = None,
-    fallback: Any = None,
+    fallback: Fallback = None,
     conditions: Any = (),
 ) -> Callable[..., References]:
     """Find the inputs that make a channel most active, and those that it has most relevance for, over a stream of batches.
@@ -64,7 +66,8 @@ def references(
     Args:
         fn, rules, argnums, target, parameters, fallback, conditions: as in `relprop.explain`. By default each example is
             explained for the class that is predicted.
-        at: one layer, a selector as in rules. Its output has the batch as its first axis and channels as its last.
+        at: one layer, a selector as in rules, whose output has the batch as its first axis.
+        channels: the axis of channels in that output, the last by default.
         count: how many examples are kept for each channel.
         score: how an example is ranked: by the sum or the maximum over positions.
 
@@ -87,24 +90,36 @@ def references(
     """
     if score not in ("sum", "max"):
         raise ArgumentError(f"score={score!r}: examples are ranked by the 'sum' or the 'max' over positions.")
-    if count < 1:
-        raise ArgumentError(f"count={count}: at least one example is kept for each channel.")
-    options = {"argnums": argnums, "parameters": parameters, "fallback": fallback}
+    if not isinstance(count, int) or count < 1:
+        raise ArgumentError(f"count={count!r}: at least one example is kept for each channel.")
+    options: dict[str, Any] = {"argnums": argnums, "parameters": parameters, "fallback": fallback}
 
-    @jax.jit
     def update(found, *args):
+        leaves, form = jax.tree_util.tree_flatten(args)
+        on = tuple(is_array(leaf) for leaf in leaves)
+        arrays = [leaf for leaf, traced in zip(leaves, on, strict=True) if traced]
+        flags = tuple(leaf for leaf, traced in zip(leaves, on, strict=True) if not traced)
+        return step(found, arrays, form, on, flags)
+
+    @functools.partial(jax.jit, static_argnums=(2, 3, 4))
+    def step(found, arrays, form, on, flags):
+        traced, static = iter(arrays), iter(flags)
+        args = form.unflatten([next(traced) if o else next(static) for o in on])
         layer = _only(plan(fn, rules, target=target, **options)(*args), at)
         (measured,) = relevances(fn, rules, at=at, target=target, conditions=conditions, **options)(*args).values()
-        if layer.output.ndim < 2:
+        _check_batch(layer, args[normalise_argnums(argnums, len(args))[0]])
+        value, relevance = (jnp.moveaxis(array, channels, -1) for array in (measured.value, measured.relevance))
+        found = _nothing(value, count) if found is None else found
+        if found.activation.score.shape != (value.shape[-1], count) or found.activation.position.shape[2] != value.ndim - 2:
             raise ArgumentError(
-                f"The layer {layer.address} needs an output (batch, ..., channels), not {layer.output_shape}."
+                f"The references given are of {found.activation.score.shape} (channels, count), but the layer "
+                f"{layer.address} has {value.shape[-1]} channels and count={count}. Start with None."
             )
-        found = _nothing(layer, count) if found is None else found
-        indices = found.seen + jnp.arange(measured.value.shape[0], dtype=jnp.int32)
+        indices = found.seen + jnp.arange(value.shape[0], dtype=jnp.int32)
         return References(
-            _best(found.activation, measured.value, indices, score),
-            _best(found.relevance, measured.relevance, indices, score),
-            found.seen + measured.value.shape[0],
+            _best(found.activation, value, indices, score),
+            _best(found.relevance, relevance, indices, score),
+            found.seen + value.shape[0],
         )
 
     return update
@@ -118,10 +133,20 @@ def _only(planned: Plan, at: Any) -> Layer:
     return chosen[0]
 
 
-def _nothing(layer: Layer, count: int) -> References:
-    channels, axes = layer.output_shape[-1], layer.output.ndim - 2
+def _check_batch(layer: Layer, argument: Any):
+    """The first axis of the layer's output must be that of the input: there is no other way to tell examples apart."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(argument)}
+    if layer.output.ndim < 2 or sizes != {layer.output_shape[:1]}:
+        raise ArgumentError(
+            f"The layer {layer.address} at {layer.source} has the output {layer.output_shape}; it needs the batch of the "
+            f"explained input, {sizes}, as its first axis, and channels (the last axis, or `channels=`)."
+        )
+
+
+def _nothing(value: jax.Array, count: int) -> References:
+    channels, axes = value.shape[-1], value.ndim - 2
     empty = Ranking(
-        jnp.full((channels, count), -jnp.inf, wide_dtype(layer.output)),
+        jnp.full((channels, count), -jnp.inf, wide_dtype(value)),
         jnp.full((channels, count), -1, jnp.int32),
         jnp.zeros((channels, count, axes), jnp.int32),
     )
@@ -131,8 +156,9 @@ def _nothing(layer: Layer, count: int) -> References:
 def _best(ranking: Ranking, array: jax.Array, indices: jax.Array, score: str) -> Ranking:
     """The best of those that were found before and of a batch; of equals, those that came first."""
     inner = array.shape[1:-1]
-    flat = widen(array).reshape(array.shape[0], -1, array.shape[-1])
+    flat = widen(array).reshape(array.shape[0], math.prod(inner), array.shape[-1])
     scores = (flat.sum(1) if score == "sum" else flat.max(1)).T
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)  # what is not a number is nobody's best
     position = jnp.stack(jnp.unravel_index(flat.argmax(1), inner), -1) if inner else jnp.zeros((*scores.T.shape, 0))
     position = position.astype(jnp.int32).swapaxes(0, 1)
     everything = Ranking(
@@ -144,32 +170,40 @@ def _best(ranking: Ranking, array: jax.Array, indices: jax.Array, score: str) ->
     return Ranking(*(jnp.take_along_axis(v, order.reshape(order.shape + (1,) * (v.ndim - 2)), 1) for v in everything))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Even(Rule):
-    """Every element of a window takes the same share, whatever its value: what `Flat` is for layers with weights."""
+def _reached(layer, x, z, relevance):
+    """1 for every input that something with relevance is connected to, whatever the values are: never 0 by chance."""
+    seen = jnp.where(relevance != 0, jnp.ones_like(z), jnp.zeros_like(z))
 
-    kinds: ClassVar[tuple[str, ...]] = ("max_pool", "sum_pool")
+    def element_by_element(v):
+        return jnp.broadcast_to(v, z.shape).astype(z.dtype)
 
-    def relative(self, layer, x, z, r):
-        def total(v):
-            return window_sum(layer, v) if layer.kind == "max_pool" else layer.evaluate(v)
+    connect = element_by_element
+    if "affine" in layer.info.kinds:  # a weight that is exactly 0 is no connection
+        connect = layer.with_weights(lambda w: (w != 0).astype(w.dtype))
+    elif layer.kind == "max_pool":
+        connect = functools.partial(window_sum, layer)
+    elif layer.kind == "sum_pool":
+        connect = layer.evaluate
+    (reached,) = jax.vjp(connect, jnp.ones_like(x))[1](seen)
+    return (reached != 0).astype(x.dtype)
 
-        return scale_tangent(total(r), reciprocal(total(jnp.ones_like(x))))
 
-
-def receptive_field(fn: Callable[..., Any], *, at: Any, argnums: int = -1, fallback: Any = None) -> Callable[..., jax.Array]:
+def receptive_field(
+    fn: Callable[..., Any], *, at: Any, channels: int = -1, argnums: int = -1, fallback: Fallback = None
+) -> Callable[..., jax.Array]:
     """Find what a unit sees of the input: the box that all paths from it to the input lie in.
 
-    The unit is explained under rules that share evenly (Flat, Bach et al. 2016), whose relevance reaches every connected
-    input, so strides, dilation, padding and parallel branches are all seen to. Not so what only a statistic reads (a norm
-    over positions), since statistics are held constant.
+    Every layer marks all inputs that are connected to a marked output, whatever their values (weights that are exactly 0 do
+    not connect), so strides, dilation, padding, masked weights and parallel branches are all seen to. What only the scale of
+    a norm reads is not, since statistics are held constant.
 
     Args:
         fn, argnums, fallback: as in `relprop.explain`.
-        at: one layer, a selector as in rules.
+        at: one layer, a selector as in rules: any but sums and products of several values.
+        channels: the axis of channels in its output.
 
     Returns:
-        A function `(positions, *args)` of integers (..., axes), indices along the axes of the layer's output between the
+        A function `(positions, *args)` of integers (..., axes), indices along the axes of the layer's output other than the
         batch and the channels, and the arguments of `fn`; of the explained one only the shape matters. It returns integers
         (..., input axes, 2): start and stop along the axes of the explained argument after the batch.
 
@@ -184,42 +218,51 @@ def receptive_field(fn: Callable[..., Any], *, at: Any, argnums: int = -1, fallb
         >>> boxes(jnp.array([[0], [1]]), jnp.ones((3, 1, 1)), jnp.ones((1, 6, 1))).tolist()
         [[[0, 3], [0, 1]], [[2, 5], [0, 1]]]
     """
-    rules = [(optional("affine"), Flat()), (optional("max_pool"), _Even()), (optional("sum_pool"), _Even())]
+    kinds = ("affine", "scale", "activation", "max_pool", "sum_pool", "norm")
+    everywhere = [(optional(kind), _reached) for kind in kinds]
 
     def located(positions, *args):
-        number = range(len(args))[argnums]
-        (example,) = jax.tree.leaves(args[number])
-        # In general position: no unit is 0, and none cancel.
-        noise = jax.random.normal(jax.random.key(0), (1, *example.shape[1:]), example.dtype)
-        given = (*args[:number], jax.tree.map(lambda _: noise, args[number]), *args[number + 1 :])
-        layer = _only(plan(fn, rules, argnums=argnums, fallback=fallback)(*given), at)
-        inner = layer.output_shape[1:-1]
+        (number,) = normalise_argnums(argnums, len(args))
+        leaves = jax.tree_util.tree_leaves(args[number])
+        if len(leaves) != 1 or not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.floating):
+            given = ", ".join(f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in leaves)
+            raise ArgumentError(f"A receptive field lies in one array of floats, but the explained argument is {given}.")
+        # In general position, so that sums and products of several values hand something to each of them.
+        noise = jax.random.normal(jax.random.key(0), (1, *leaves[0].shape[1:]), leaves[0].dtype)
+        args = (*args[:number], jax.tree.map(lambda _: noise, args[number]), *args[number + 1 :])
+        layer = _only(plan(fn, everywhere, argnums=argnums, fallback=fallback)(*args), at)
+        _check_batch(layer, args[number])
+        axis = channels % layer.output.ndim
+        inner = [size for d, size in enumerate(layer.output_shape) if d not in (0, axis)]
         positions = jnp.asarray(positions)
         if positions.shape[-1:] != (len(inner),):
             raise ArgumentError(
-                f"positions has the shape {positions.shape}; its last axis needs the {len(inner)} indices of a unit of "
-                f"{layer.address} within {inner}."
+                f"positions is {positions.dtype}{list(positions.shape)}; its last axis needs the {len(inner)} indices of a "
+                f"unit of {layer.address} within {tuple(inner)}."
             )
+        known = not isinstance(positions, jax.core.Tracer)
+        if known and ((np.asarray(positions) < 0) | (np.asarray(positions) >= np.array(inner, int))).any():
+            raise ArgumentError(f"positions are out of range: the layer {layer.address} has units within {tuple(inner)}.")
 
         def box(position):
-            here = jnp.ones((), bool)
-            for axis, size in enumerate(inner):
-                here = here[..., None] & (jnp.arange(size, dtype=position.dtype) == position[axis]).reshape(
-                    (1,) * axis + (size,)
-                )
-            # All channels of the unit, each with positive relevance.
-            origin = start(at, lambda a: jnp.sign(a) * here[None, ..., None].astype(a.dtype))
-            relevance = explain(fn, rules, argnums=argnums, fallback=fallback, conditions=origin)(*given)
-            (leaf,) = jax.tree.leaves(relevance)
-            seen = leaf[0] != 0
+            here = jnp.ones((1,), bool)
+            for d, size in enumerate(inner):
+                on = jnp.arange(size, dtype=position.dtype) == position[d]
+                here = here[..., None] & on.reshape((1,) * here.ndim + (size,))
+            here = jnp.broadcast_to(jnp.expand_dims(here, axis), layer.output_shape).astype(layer.output.dtype)
+            # No relevance comes from above; the layer itself starts with that of its unit.
+            origin = (at, lambda layer, x, z, relevance: _reached(layer, x, z, here))
+            nothing = start(at, 0.0)
+            found = explain(fn, [origin, *everywhere], argnums=argnums, fallback=fallback, conditions=nothing)(*args)
+            seen = jax.tree.leaves(found)[0][0] != 0
             ends = []
-            for axis in range(seen.ndim):
-                line = seen.any([d for d in range(seen.ndim) if d != axis])
+            for d in range(seen.ndim):
+                line = seen.any([other for other in range(seen.ndim) if other != d])
                 first, last = jnp.argmax(line), line.size - jnp.argmax(line[::-1])
                 ends.append(jnp.where(line.any(), jnp.stack([first, last]), 0))
             return jnp.stack(ends).astype(jnp.int32)
 
-        flat = positions.reshape(-1, positions.shape[-1])
+        flat = positions.reshape(math.prod(positions.shape[:-1]), len(inner))
         boxes = lax.map(box, flat, batch_size=64)
         return boxes.reshape(*positions.shape[:-1], *boxes.shape[1:])
 
