@@ -121,7 +121,9 @@ def main():
             digits = labels[np.asarray(found.activation.example[channel])]
             print(f"  channel {channel:2}  relevance {relevance[channel]:6.2f}   {' '.join(map(str, digits))}")
         print(
-            f"  all {len(relevance)}      relevance {relevance.sum():6.2f}   pixels {heatmaps.sum():.2f}; biases below keep the rest"
+            print(
+                f"  all {len(relevance)}      relevance {relevance.sum():6.2f}   pixels {heatmaps.sum():.2f}, biases keep the rest"
+            )
         )
 
     draw(explained).savefig(arguments.out, dpi=120)
