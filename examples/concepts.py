@@ -120,11 +120,8 @@ def main():
         for channel in np.argsort(-relevance)[:CHANNELS]:
             digits = labels[np.asarray(found.activation.example[channel])]
             print(f"  channel {channel:2}  relevance {relevance[channel]:6.2f}   {' '.join(map(str, digits))}")
-        print(
-            print(
-                f"  all {len(relevance)}      relevance {relevance.sum():6.2f}   pixels {heatmaps.sum():.2f}, biases keep the rest"
-            )
-        )
+        sums = f"relevance {relevance.sum():6.2f}   pixels {heatmaps.sum():.2f}, biases keep the rest"
+        print(f"  all {len(relevance)}      {sums}")
 
     draw(explained).savefig(arguments.out, dpi=120)
     print(f"\nchannels and what they see: {arguments.out.resolve()}")
