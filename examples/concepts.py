@@ -79,8 +79,8 @@ def draw(explained):
             for first, images in zip((3, 3 + REFERENCES), references, strict=True):
                 for ax, picture in zip(row[first:], images[channel], strict=False):
                     ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        rows[0, 3].set_title(f"matter most for the {digit} (dim: out of view)", fontsize="small", loc="left")
-        rows[0, 3 + REFERENCES].set_title("most active (dim: out of view)", fontsize="small", loc="left")
+        rows[0, 3].set_title(f"matter most for the {digit}", fontsize="small", loc="left")
+        rows[0, 3 + REFERENCES].set_title("most active", fontsize="small", loc="left")
     return figure
 
 
@@ -124,7 +124,7 @@ def main():
         print(f"  all {len(relevance)}      {sums}")
 
     draw(explained).savefig(arguments.out, dpi=120)
-    print(f"\nchannels and what they see: {arguments.out.resolve()}")
+    print(f"\nchannels and what they see (what their best unit does not see is dim): {arguments.out.resolve()}")
 
 
 if __name__ == "__main__":
