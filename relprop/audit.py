@@ -236,5 +236,7 @@ def _described(place: Place) -> dict[str, Any]:
 def _cause(place: Place, rule: Any) -> str:
     """What keeps relevance at a place beside bias and stabiliser."""
     if isinstance(place, Layer):
-        return "softmax" if place.kind in ("softmax", "attention") else rule.absorbs
+        if place.kind in ("softmax", "attention"):
+            return "softmax"
+        return rule.absorbs if rule.absorbs in CAUSES else "rule"
     return "frozen" if place.name in prims.STRUCTURAL else "fallback"
