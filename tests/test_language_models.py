@@ -220,7 +220,7 @@ def test_similar_words_go_together():
     right, of_right = sentence_similarity.merge(encoded[1].tokens, found.right)
     joint = of_left.T @ of_right
     assert float(found.value) == pytest.approx(0.741, abs=1e-3)
-    np.testing.assert_allclose(joint.sum() + found.kept, found.value, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(joint.sum() + float(found.kept), float(found.value), rtol=0, atol=1e-5)
     for word, counterpart in {"cat": "kitten", "sleeps": "napping", "sofa": "couch", "on": "on"}.items():
         row, column = joint[left.index(word)], joint[:, right.index(counterpart)]
         assert right[np.argmax(row)] == counterpart
