@@ -95,7 +95,7 @@ def flat_until(selector: Any, rules: Any) -> Composite:
         Composite:
           (until(path('params/Conv_1/kernel')) & kind('affine')): Flat()
           kind('conv'): ZPlus()
-          kind('dense'): Epsilon()
+          kind('affine'): Epsilon()
     """
     return Composite([(until(selector) & kind("affine"), Flat()), *as_composite(rules)])
 

@@ -254,6 +254,7 @@ TWINS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), TWINS)
 def test_relevance_does_not_depend_on_how_a_model_is_written(one, other, default_promotion):
     one, other = subject(one), subject(other)
