@@ -43,6 +43,8 @@ HEAVY = set(
     "causal_decoder_linen multi_query_attention grouped_query_attention attention_is_causal attention_with_mask "
     "rotary_positions relative_position_bias kernel_attention unet_bilinear".split()
 )
+# A plain run takes every other of the rest, and `pytest -m slow` all that it leaves out.
+LIGHT = set(list(ZOO)[::2]) - HEAVY
 # Explained without jit in a plain run. Operation by operation, each is compiled on its own.
 EAGER = ["mlp", "lstm_by_hand"]
 
@@ -204,7 +206,7 @@ def models(fast):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
-@pytest.mark.parametrize("name", models(ZOO.keys() - HEAVY))
+@pytest.mark.parametrize("name", models(LIGHT))
 def test_model(name, promotion):
     s = subject(name)
     plan = rp.plan(s.fn, s.families["by kind"], target=s.target)(s.params, s.x)
