@@ -17,6 +17,7 @@ from .rules.normalisation import Frozen
 from .rules.product import Uniform
 from .selectors import as_selector
 from .structure import Call, Layer, Plain, Section
+from .tables import table
 
 DEFAULTS: Mapping[str, Rule] = {
     **dict.fromkeys(("dense", "conv", "affine", "scale", "sum_pool", "add"), Zero()),
@@ -85,10 +86,7 @@ class Plan:
 
     def __repr__(self) -> str:
         head = ("#", "address", "kind", "primitive", "in -> out", "rule", "source")
-        rows = [head, *(_row(entry) for entry in self.entries)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return table([head, *(_row(entry) for entry in self.entries)])
 
 
 def _rectified(section: Section, rules: Mapping[int, Rule], needed: frozenset[Value]) -> Iterator[Layer]:

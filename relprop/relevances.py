@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .pipeline import Fallback, prepare
+from .pipeline import Fallback, Planned, prepare
 from .structure import Layer
 from .taps import Key, loops_around, relevance
 
@@ -62,23 +62,26 @@ def relevances(
 
     def located(*args, **kwargs):
         planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
-        plan = planned.plan
-        chosen = plan.select(at)
-        slots: dict[Key, Any] = {}
-        for layer in chosen:
-            plan.outside_of(
-                {"shard_map"},
-                layer,
-                ", where each device has a part of its output. Let the function return it, or ask for layers outside.",
-            )
-            zeros = jnp.zeros((*loops_around(plan.around[layer]), *layer.output_shape), layer.output.dtype)
-            slots[Key(layer, "kept")] = LayerRelevance(zeros, zeros, zeros)
-        run = planned.run(slots=slots, gauge=_gauge)
-        _, measured = run.measured(planned.seeds(run))
-        names = name_layers(plan.layers)
-        return {names[layer]: measured[Key(layer, "kept")] for layer in chosen}
+        names = name_layers(planned.plan.layers)
+        return {names[layer]: found for layer, found in measure(planned, planned.plan.select(at)).items()}
 
     return located
+
+
+def measure(planned: Planned, layers: Sequence[Layer]) -> dict[Layer, LayerRelevance]:
+    """What passes the outputs of some layers of a planned function."""
+    slots: dict[Key, Any] = {}
+    for layer in layers:
+        planned.plan.outside_of(
+            {"shard_map"},
+            layer,
+            ", where each device has a part of its output. Let the function return it, or ask for layers outside.",
+        )
+        zeros = jnp.zeros((*loops_around(planned.plan.around[layer]), *layer.output_shape), layer.output.dtype)
+        slots[Key(layer, "kept")] = LayerRelevance(zeros, zeros, zeros)
+    run = planned.run(slots=slots, gauge=_gauge)
+    _, measured = run.measured(planned.seeds(run))
+    return {layer: measured[Key(layer, "kept")] for layer in layers}
 
 
 def _gauge(arrays, coefficients, relevances) -> LayerRelevance:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import ArgumentError, RelevanceLossError
+from .tables import table
 
 _ADVICE = {
     "bias": "biases keep their share of a layer; bias='distribute' on the rule spreads it over the inputs, bias='ignore' "
@@ -200,9 +201,7 @@ class Audit:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError(
-                "Audit.to_frame needs pandas, which is not installed: pip install pandas. `rows()` does not."
-            ) from error
+            raise ImportError('Audit.to_frame needs pandas: pip install "relprop[frame]". `rows()` does not.') from error
         return pandas.DataFrame(self.rows())
 
     def __repr__(self) -> str:
@@ -264,13 +263,7 @@ def _text(audit: Audit) -> str:
         row += [number(line.absorbed[c], 3) for c in causes]
         row += [f"{line.largest.max(initial=0):.3g}", *([f"{line.non_finite.sum():.0f}"] if broken else [])]
         rows.append([*row, line.source.rpartition("/")[2]])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1, 2, 3, len(head) - 1}
-    table = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        table.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
-    return "\n".join([*lines, "", table[0], "-" * max(map(len, table)), *table[1:]])
+    return "\n".join([*lines, "", table(rows, right=range(4, len(head) - 1))])
 
 
 def _share(lost: float, output: float) -> str:

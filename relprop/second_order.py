@@ -1,5 +1,6 @@
 """Explanations by pairs and by walks: BiLRP for similarities, GNN-LRP for graphs, both made of `vjp` and `vmap`."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from .arguments import checked_batch_size, normalise_argnums
-from .conditions import Condition, condition
+from .conditions import Condition, condition, resolve
 from .errors import ArgumentError
 from .pipeline import Fallback, prepare
 from .surrogate import widen
-from .transform import explain, vjp
+from .transform import vjp
 
 
 class Similarity(NamedTuple):
@@ -173,7 +174,8 @@ def walks(
         raise ArgumentError(f"axis={axis}: count the axis of nodes from the end, such as -2 in (nodes, features).")
 
     def walked(*args, **kwargs):
-        plan = prepare(fn, rules, args, kwargs, argnums, parameters, target, False, fallback).plan
+        planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, False, fallback)
+        plan = planned.plan
         layers = plan.select(at)
         for layer in layers:
             plan.outside_of(
@@ -200,10 +202,10 @@ def walks(
             for layer, node in zip(layers, nodes, strict=True):
                 mask = (jnp.arange(count) == node).astype(layer.output.dtype)
                 masks.append(_at_index(layer.index, mask.reshape((count,) + (1,) * (-axis - 1))))
-            relevance = explain(
-                fn, rules, argnums=argnums, target=target, parameters=parameters, fallback=fallback, conditions=masks
-            )(*args, **kwargs)
-            (leaf,) = jax.tree.leaves(relevance)
+            # The plan is the same under all conditions: made once.
+            conditioned = dataclasses.replace(planned, taps=resolve(masks, plan, planned.explained))
+            run = conditioned.run()
+            (leaf,) = run.relevances(conditioned.seeds(run))
             return widen(leaf).sum([d for d in range(leaf.ndim) if d != axis % leaf.ndim]).astype(leaf.dtype)
 
         def nested(*above):

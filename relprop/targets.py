@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .arguments import checked_batch_size, seeds
@@ -58,6 +59,9 @@ def explain_targets(
         run = planned.run()
         seeds(run.sources, 0)  # one array with classes along its last axis, or an error that says so
         classes = run.sources[0].shape[-1]
+        if targets is not None and not isinstance(targets, jax.core.Tracer):
+            for end in (np.min(targets), np.max(targets)) if np.size(targets) else ():
+                seeds(run.sources, end)  # a class that does not exist is an error before anything is propagated
         wanted = jnp.arange(classes) if targets is None else jnp.asarray(targets)
         if wanted.ndim == 0:
             raise ArgumentError(
@@ -68,8 +72,6 @@ def explain_targets(
             relevance = planned.leaves.restore(run.relevances(seeds(run.sources, target)))
             return relevance if pool is None else pool(relevance)
 
-        for target in () if isinstance(wanted, jax.core.Tracer) else wanted:
-            seeds(run.sources, target)  # a class that does not exist is an error before anything is propagated
         return lax.map(one, wanted, batch_size=batch_size or max(len(wanted), 1))
 
     return explained

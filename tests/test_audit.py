@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from loops import stacked
 
 import relprop as rp
 
@@ -355,14 +356,7 @@ def block(w, b, x):
     return jax.nn.softplus(x @ w + b.reshape((1,) * (x.ndim - 1) + (-1,)))
 
 
-def unrolled(params, x):
-    for w, b in zip(*params, strict=True):
-        x = block(w, b, x)
-    return x
-
-
-def scanned(params, x):
-    return lax.scan(lambda x, wb: (block(*wb, x), None), x, params)[0]
+unrolled, scanned, nested = stacked(block)
 
 
 def assert_same(found, expected, rtol=1e-12):
@@ -443,9 +437,6 @@ def test_a_loop_is_its_steps(rules):
 
 
 def test_nested_loops_have_an_axis_each():
-    def nested(params, x):
-        return lax.scan(lambda x, _: (scanned(params, x), None), x, None, length=2)[0]
-
     def written_out(params, x):
         return unrolled(params, unrolled(params, x))
 

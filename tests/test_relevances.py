@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from loops import stacked
 
 import relprop as rp
 
@@ -120,18 +121,7 @@ def block(w, b, x):
     return jax.nn.silu(x @ w + b.reshape(1, 4))
 
 
-def unrolled(params, x):
-    for w, b in zip(*params, strict=True):
-        x = block(w, b, x)
-    return x
-
-
-def scanned(params, x):
-    return lax.scan(lambda x, wb: (block(*wb, x), None), x, params)[0]
-
-
-def nested(params, x):
-    return lax.scan(lambda x, _: (scanned(params, x), None), x, None, length=2)[0]
+unrolled, scanned, nested = stacked(block)
 
 
 def at_dense(fn, rule, **options):

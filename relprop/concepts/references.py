@@ -13,9 +13,9 @@ from jax import lax
 from ..arguments import is_array, normalise_argnums
 from ..conditions import start
 from ..errors import ArgumentError
-from ..pipeline import Fallback
+from ..pipeline import Fallback, prepare
 from ..plan import Plan
-from ..relevances import relevances
+from ..relevances import measure
 from ..rules.merge import window_sum
 from ..selectors import optional
 from ..structure import Layer
@@ -92,7 +92,6 @@ def references(
         raise ArgumentError(f"score={score!r}: examples are ranked by the 'sum' or the 'max' over positions.")
     if not isinstance(count, int) or count < 1:
         raise ArgumentError(f"count={count!r}: at least one example is kept for each channel.")
-    options: dict[str, Any] = {"argnums": argnums, "parameters": parameters, "fallback": fallback}
 
     def update(found, *args):
         leaves, form = jax.tree_util.tree_flatten(args)
@@ -105,8 +104,9 @@ def references(
     def step(found, arrays, form, on, flags):
         traced, static = iter(arrays), iter(flags)
         args = form.unflatten([next(traced) if o else next(static) for o in on])
-        layer = _only(plan(fn, rules, target=target, **options)(*args), at)
-        (measured,) = relevances(fn, rules, at=at, target=target, conditions=conditions, **options)(*args).values()
+        planned = prepare(fn, rules, args, {}, argnums, parameters, target, False, fallback, conditions)
+        layer = _only(planned.plan, at)
+        measured = measure(planned, [layer])[layer]
         _check_batch(layer, args[normalise_argnums(argnums, len(args))[0]])
         value, relevance = (jnp.moveaxis(array, channels, -1) for array in (measured.value, measured.relevance))
         found = _nothing(value, count) if found is None else found
