@@ -436,13 +436,18 @@ class ZarrStore(Store):
                 file.unlink()
 
     def _assemble(self, attributes):
-        self.zarr.create_group(self.partial / "store", attributes=dict(attributes))
+        # zarr works in threads of its own, which outlive an interrupt: it gets memory, and the files are written here.
+        memory: dict[str, Any] = {}
+        self.zarr.create_group(self.zarr.storage.MemoryStore(memory), attributes=dict(attributes))
         for name in self.columns:
-            self._create(self.partial / "store", name, self.rows)
-        for file in (self.partial / "store").rglob("zarr.json"):
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-            _sync_folder(file.parent)
+            self._create(self.zarr.storage.MemoryStore(memory), name, self.rows)
+        for key, data in memory.items():
+            place = self.partial / "store" / key
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(place, "wb") as file:
+                file.write(data.to_bytes())
+                _sync(file)
+            _sync_folder(place.parent)
 
     def _attributes(self):
         try:
