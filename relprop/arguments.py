@@ -12,7 +12,7 @@ import numpy as np
 
 from . import tokens
 from .errors import ArgumentError, NotDifferentiableError, TargetError
-from .jaxprs import Program, path_name, trace
+from .jaxprs import Program, Value, open_program, path_name
 
 
 @dataclasses.dataclass
@@ -23,6 +23,7 @@ class Leaves:
     `explained` and `data` index into `arrays`: what relevance is asked of, and where the flow of relevance starts (the
     explained arguments that are not parameters; the last positional argument where only parameters are explained);
     `integers` are those among the explained that hold integers (tokens).
+    `form` is all that the call is besides arrays; hashable if the static leaves are.
     `rebuild(arrays)` gives back the arguments; `restore(relevances)` puts relevances into the explained arguments' form.
     """
 
@@ -31,6 +32,7 @@ class Leaves:
     explained: list[int]
     data: list[int]
     integers: list[int]
+    form: Any
     rebuild: Callable[[Sequence[Any]], tuple[tuple, dict]]
     restore: Callable[[Sequence[Any]], Any]
 
@@ -122,7 +124,9 @@ def flatten(fn: Callable, args: tuple, kwargs: dict, argnums, parameters) -> Lea
             values = values[tree.num_leaves :]
         return parts[0] if isinstance(argnums, int | np.integer) else tuple(parts)
 
-    return Leaves(arrays, names, explained, data or others or explained, integers, rebuild, restore)
+    static = tuple((type(item), item) for sort, item in slots if sort == "static")
+    form = structure, tuple(sort for sort, _ in slots), static
+    return Leaves(arrays, names, explained, data or others or explained, integers, form, rebuild, restore)
 
 
 def parameter_numbers(numbers, parameters, args) -> set[int]:
@@ -154,27 +158,35 @@ def _no_relevance(label: str, given: str) -> str:
     )
 
 
-def with_companions(program: Program, leaves: Leaves) -> tuple[Program, Leaves]:
+def with_companions(leaves: Leaves, outputs: Sequence[Value]) -> Leaves:
     """Put companions in the place of the explained integers; see `relprop.tokens`."""
-    floats = [v.dtype for v in program.outputs if v.carries_relevance]
+    if not leaves.integers:
+        return leaves
+    floats = [v.dtype for v in outputs if v.carries_relevance]
     dtype = jnp.float64 if jnp.float64 in floats else jnp.float32
-    count, used = len(leaves.arrays), set[int]()
-    follow = tokens.follow(program, leaves.integers, leaves.data, used)
+    count = len(leaves.arrays)
     companions = [tokens.companion(leaves.arrays[i], dtype) for i in leaves.integers]
-    program, _ = trace(lambda *arrays: follow(arrays[:count], arrays[count:]), *leaves.arrays, *companions)
-    for i in leaves.integers:
-        if i not in used and leaves.arrays[i].size > 0:
-            array = leaves.arrays[i]
-            given = f"{array.dtype}{list(array.shape)}, and selects no rows of an embedding"
-            raise NotDifferentiableError(_no_relevance(leaves.names[i], given))
     place = dict(zip(leaves.integers, range(count, count + len(companions)), strict=True))
-    return program, dataclasses.replace(
+    return dataclasses.replace(
         leaves,
         arrays=[*leaves.arrays, *companions],
         names=[*leaves.names, *(leaves.names[i] for i in leaves.integers)],
         explained=[place.get(i, i) for i in leaves.explained],
         data=[place.get(i, i) for i in leaves.data],
     )
+
+
+def follow_companions(program: Program, leaves: Leaves, extended: Leaves) -> Program:
+    """The program of `leaves` with the companions that `extended` has besides as further inputs."""
+    count, used = len(leaves.arrays), set[int]()
+    follow = tokens.follow(program, leaves.integers, leaves.data, used)
+    program = open_program(jax.make_jaxpr(lambda *arrays: follow(arrays[:count], arrays[count:]))(*extended.arrays))
+    for i in leaves.integers:
+        if i not in used and leaves.arrays[i].size > 0:
+            array = leaves.arrays[i]
+            given = f"{array.dtype}{list(array.shape)}, and selects no rows of an embedding"
+            raise NotDifferentiableError(_no_relevance(leaves.names[i], given))
+    return program
 
 
 def _argument_names(fn: Callable, count: int) -> list[str]:

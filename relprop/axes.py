@@ -1,6 +1,10 @@
 """Which axis of one array is which axis of another: through reshapes and sums, and from a weight to what it makes."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
 
 from .jaxprs import Equation, Value
 
@@ -91,3 +95,41 @@ def weight_dims(core: Equation, weight: Value) -> tuple[frozenset[int], list[tup
     else:
         pairs = []
     return frozenset(out for out, _ in pairs), pairs
+
+
+def summing(core: Equation, weight: Value) -> tuple[Equation, Callable[..., Any], Callable[..., Any]] | None:
+    """The equation that sums `core` over pairs of operands and weights, and how operands and how weights are paired for it.
+
+    Pairs of matrices are stacked along a dimension of their own, which leaves the others sharded as they are. None where
+    there is nothing that the primitive sums over.
+    """
+    if core.name == "dot_general":
+        contract, batch = core.params["dimension_numbers"]
+        if not contract[0]:
+            return None
+        places = [dims[0] for dims in contract]
+
+        def moved(side, dims):
+            return tuple(d + (d >= places[side]) for d in dims)
+
+        numbers = (
+            tuple((places[side], *moved(side, contract[side])) for side in (0, 1)),
+            tuple(moved(side, batch[side]) for side in (0, 1)),
+        )
+        equation = dataclasses.replace(core, params={**core.params, "dimension_numbers": numbers})
+        position = next(i for i, v in enumerate(core.inputs) if v is weight)
+        return (
+            equation,
+            lambda *xs: jnp.stack(xs, places[1 - position]),
+            lambda *ws: jnp.stack(ws, places[position]),
+        )
+    if core.name == "conv_general_dilated" and core.inputs[1] is weight:
+        if core.params["batch_group_count"] != 1 or core.params["feature_group_count"] != 1:
+            return None
+        numbers = core.params["dimension_numbers"]
+        return (
+            core,
+            lambda *xs: jnp.concatenate(xs, numbers.lhs_spec[1]),
+            lambda *ws: jnp.concatenate(ws, numbers.rhs_spec[1]),
+        )
+    return None

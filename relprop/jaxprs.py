@@ -8,7 +8,7 @@ A `custom_vjp` is opened to its primal function: the backward pass that its auth
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -219,13 +219,6 @@ def source_line(source) -> str:
         return "unknown source"
     frame = own[0]
     return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-
-
-def trace(fn: Callable, *args) -> tuple[Program, Any]:
-    """Trace `fn` at `args` to a program and the pytree of its output's shapes."""
-    # A new function object each time: `make_jaxpr` remembers by identity, and what `fn` closes over may have changed.
-    jaxpr, shapes = jax.make_jaxpr(lambda *a: fn(*a), return_shape=True)(*args)
-    return open_program(jaxpr), shapes
 
 
 def varying_axes(array: Any) -> frozenset[str]:

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import primitives as prims
-from .axes import dims_forward, proper, weight_dims
+from .axes import dims_forward, proper, summing, weight_dims
 from .jaxprs import Constant, Equation, Value, read
 from .structure import Layer
 
 _LINEAR_LINKS = prims.PURE_RESHAPE | prims.SCALES
+
+Elementwise = Callable[[jax.Array], jax.Array]
 
 
 def run(equations: Sequence[Equation], env: dict, start: dict) -> dict:
@@ -108,25 +110,42 @@ class AffineView(LayerView):
         env = {self._operand: x}
         return self._after(run((self.info.core,), self._env, env)[self.info.core.outputs[0]], keep=_LINEAR_LINKS)
 
-    def with_weights(self, f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def with_weights(self, f: Elementwise) -> Callable[[jax.Array], jax.Array]:
         """The linear map whose weights are `f(weight)`, elementwise, without bias.
 
         Where a factor `q` after the core cannot be folded into the weight (it differs from example to example), the map
         is `|q| f(sign(q) weight)`: the same for every `f` with `f(a w) = a f(w)` for `a > 0`, and in all ratios.
         """
 
-        def mix(weight, x):
-            env = {self._operand: x, self._weight: weight.astype(self._weight_dtype)}
-            out = self.info.core.outputs[0]
-            value = run((self.info.core,), self._env, env)[out]
-            return self._after(jnp.broadcast_to(value, out.shape), keep=prims.PURE_RESHAPE)
-
         if self.info.foldable:
             weight = f(self.weight)
-            return lambda x: mix(weight, x)
+            return lambda x: self._mix(weight, x)
         factor = self._after(self._fill(self.info.core.outputs[0], 1), keep=_LINEAR_LINKS)
         up, down = f(self.weight), f(-self.weight)
-        return lambda x: jnp.abs(factor) * jnp.where(factor < 0, mix(down, x), mix(up, x))
+        return lambda x: jnp.abs(factor) * jnp.where(factor < 0, self._mix(down, x), self._mix(up, x))
+
+    def by_sign(self, f: Elementwise, g: Elementwise) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The map of the positive and the negative part of an input, the one with the weights `f(w)`, the other with `g(w)`.
+
+        One product, where the primitive sums over something. Of an input that is known to be >= 0 the negative part is left
+        out.
+        """
+        plus = self.with_weights(f)
+        if self.nonnegative:
+            return lambda x, _: plus(x)
+        paired = summing(self.info.core, self._weight) if self.info.foldable else None
+        if paired is None:
+            minus = self.with_weights(g)
+            return lambda x, y: plus(x) + minus(y)
+        core, pair, pair_weights = paired
+        weights = pair_weights(f(self.weight), g(self.weight))
+        return lambda x, y: self._mix(weights, pair(x, y), core)
+
+    def _mix(self, weight: jax.Array, x: jax.Array, core: Equation | None = None) -> jax.Array:
+        env = {self._operand: x, self._weight: weight.astype(self._weight_dtype)}
+        out = self.info.core.outputs[0]
+        value = run((core or self.info.core,), self._env, env)[out]
+        return self._after(jnp.broadcast_to(value, out.shape), keep=prims.PURE_RESHAPE)
 
     @property
     def nonnegative(self) -> bool:

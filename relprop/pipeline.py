@@ -7,17 +7,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .arguments import Leaves, flatten, is_array, seeds, with_companions
+from .arguments import Leaves, flatten, seeds
 from .composite import as_composite
 from .conditions import resolve
-from .errors import ArgumentError, TargetError
+from .errors import ArgumentError
 from .interpreter import Interpreter
-from .jaxprs import trace
 from .plan import Plan
-from .recognise import number, recognise
 from .registry import REGISTERED
-from .structure import Options
 from .taps import Key, Taps, relevance
+from .traced import Traced, traced
 
 Fallback = Literal["gradient"] | None
 
@@ -28,9 +26,7 @@ class Planned:
 
     leaves: Leaves
     plan: Plan
-    explained: int
-    shapes: Any
-    static_aux: list[Any]
+    traced: Traced
     target: Any
     taps: Taps
 
@@ -73,7 +69,7 @@ class Planned:
                 operands[i], relatives[i] = x, r
             interpreter = Interpreter(self.plan, REGISTERED, taps.with_arrays(dict(zip(slots, measured, strict=True))))
             outputs, _, started = interpreter.evaluate(section, operands, relatives)
-            return (started if self.starts else outputs[: self.explained]), outputs
+            return (started if self.starts else outputs[: self.traced.explained]), outputs
 
         needed = [program.inputs[i] in self.plan.needed for i in indices]
         zeros = [jnp.zeros_like(x) if on else None for x, on in zip(inputs, needed, strict=True)]
@@ -115,40 +111,9 @@ def prepare(
     composite = as_composite(rules)
     leaves = flatten(fn, args, kwargs, argnums, parameters)
 
-    static_aux: list[Any] = []
-
-    def flat(*arrays):
-        positional, named = leaves.rebuild(arrays)
-        out = fn(*positional, **named)
-        if has_aux:
-            if not isinstance(out, tuple) or len(out) != 2:
-                raise ArgumentError(
-                    f"With has_aux=True the function must return a pair (output, aux), got {type(out).__name__}."
-                )
-            out, aux = out
-            leaves_of_aux, form = jax.tree_util.tree_flatten(aux)
-            static_aux[:] = [form, [None if is_array(leaf) else leaf for leaf in leaves_of_aux]]
-            aux = [leaf for leaf in leaves_of_aux if is_array(leaf)]
-        else:
-            aux = []
-        return (target(out) if callable(target) else out), out, aux
-
-    program, shapes = trace(flat, *leaves.arrays)
-    explained = len(jax.tree_util.tree_leaves(shapes[0]))
-    if not any(v.carries_relevance for v in program.outputs[:explained]):
-        given = ", ".join(f"{v.dtype}{list(v.shape)}" for v in program.outputs[:explained]) or "nothing"
-        raise TargetError(
-            f"The function returns {given}: there is no floating-point output whose relevance could be explained."
-        )
-    if leaves.integers:
-        program, leaves = with_companions(program, leaves)
-    options = Options(fallback, REGISTERED)
-    live = [i in leaves.data for i in range(len(leaves.arrays))]
-    origins = {v: name for v, name, on in zip(program.inputs, leaves.names, live, strict=True) if not on}
-    targets = program.outputs[:explained]
-    section, _ = number(recognise(program, live, origins, options, targets=targets))
-    plan = Plan(section, composite)
-    planned = Planned(leaves, plan, explained, shapes, static_aux, target, resolve(conditions, plan, explained))
+    found, leaves = traced(fn, leaves, target, has_aux, fallback)
+    plan = Plan(found.section, composite)
+    planned = Planned(leaves, plan, found, target, resolve(conditions, plan, found.explained))
     if planned.starts and target is not None:
         raise ArgumentError(f"target={target!r} and relprop.start name two places where relevance starts; give one of them.")
     return planned

@@ -10,7 +10,7 @@ import itertools
 
 from . import primitives as prims
 from .chains import is_linear_here, parametric
-from .jaxprs import Equation, Value
+from .jaxprs import Constant, Equation, Value
 from .structure import Layer, Options, Plain
 
 
@@ -81,7 +81,8 @@ def _split(value: Value, sources, flow, facts):
             yield Plain(tuple(equations)), out
         else:
             core = next((e for e in reversed(equations) if e.name in prims.NONLINEAR), equations[-1])
-            yield Layer("activation", tuple(equations), (source,), out, core), out
+            rays = is_homogeneous(equations, source, facts)
+            yield Layer("activation", tuple(equations), (source,), out, core, homogeneous=rays), out
         source = out
 
 
@@ -122,3 +123,39 @@ def _scale(equations, source: Value, flow, facts) -> Layer:
     path = next((name for name in named if name is not None), None)
     core = next(e for e in equations if parametric(e, flow, facts))
     return Layer("scale", tuple(equations), (source,), equations[-1].outputs[0], core, path=path)
+
+
+_KEEPS_DEGREE = frozenset("max min add add_any sub neg abs convert_element_type copy copy_p".split())
+_LOSES_DEGREE = frozenset("eq ge gt le lt ne sign".split())
+
+
+def is_homogeneous(equations, source: Value, facts) -> bool:
+    """Whether an activation is linear along rays from 0 (relu, leaky relu, abs): its slope from 0 is its derivative."""
+    degrees: dict[Value, int | None] = {source: 1}
+    for eqn in equations:
+        # What does not depend on the source has degree 0; the number 0 has any.
+        given = [degrees.get(v, 0) for v in eqn.inputs if v in degrees or not _is_zero(v, facts)]
+        degrees[eqn.outputs[0]] = _degree(eqn.name, given)
+    return degrees[equations[-1].outputs[0]] == 1
+
+
+def _degree(name: str, given: list[int | None]) -> int | None:
+    """The degree of `f` in `f(a x) = a^degree f(x)` for operands of these degrees; None where there is none."""
+    if None in given:
+        return None
+    if not any(given):
+        return 0
+    if name == "select_n" and given[0] == 0 and len(set(given[1:])) == 1:
+        return given[1]
+    if name in _KEEPS_DEGREE and len(set(given)) == 1:
+        return given[0]
+    if name in _LOSES_DEGREE and len(set(given)) == 1:
+        return 0
+    return 1 if (name == "mul" and given in ([0, 1], [1, 0])) or (name == "div" and given == [1, 0]) else None
+
+
+def _is_zero(value: Value, facts) -> bool:
+    if isinstance(value, Constant):
+        return value.literal and not value.value
+    eqn = facts.producer.get(value)
+    return eqn is not None and eqn.name in ("broadcast_in_dim", "convert_element_type") and _is_zero(eqn.inputs[0], facts)

@@ -203,7 +203,7 @@ def walks(
                 mask = (jnp.arange(count) == node).astype(layer.output.dtype)
                 masks.append(_at_index(layer.index, mask.reshape((count,) + (1,) * (-axis - 1))))
             # The plan is the same under all conditions: made once.
-            conditioned = dataclasses.replace(planned, taps=resolve(masks, plan, planned.explained))
+            conditioned = dataclasses.replace(planned, taps=resolve(masks, plan, planned.traced.explained))
             run = conditioned.run()
             (leaf,) = run.relevances(conditioned.seeds(run))
             return widen(leaf).sum([d for d in range(leaf.ndim) if d != axis % leaf.ndim]).astype(leaf.dtype)

@@ -27,7 +27,7 @@ class Layer:
     are operands that stay constant: the weight of an affine layer, the statistic of a norm. `joint` are the equations from
     the input of a norm to its output, where the statistic is one of that input alone. Where several affine layers are summed
     into one preactivation (`x W + h U + b` of a recurrent cell), `preactivation` is "total" for the last layer of the sum,
-    "part" for the others.
+    "part" for the others. `homogeneous` says of an activation that it is linear along rays from 0.
     """
 
     kind: str
@@ -46,6 +46,7 @@ class Layer:
     roles: tuple[str, ...] = ()
     joint: tuple[Equation, ...] = ()
     preactivation: str = ""
+    homogeneous: bool = False
     index: int = -1
     section: str = ""
 

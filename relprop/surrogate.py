@@ -98,8 +98,9 @@ def in_proportion(total: jax.Array, z: jax.Array, epsilon: Any, share: Any = 1.0
     `empty`; where only the total is, nothing contributes, and `z / epsilon` would overflow in narrow dtypes: it is 0.
     """
     stable = stabilize(widen(total), epsilon)
-    ratio = quotient(z, stable, empty=empty)
-    ratio = jnp.where((total == 0) & (jnp.abs(ratio) > 1), jnp.zeros_like(ratio), ratio)
+    z = widen(z)
+    overflows = (total == 0) & (jnp.abs(z) > jnp.abs(stable)) & (stable != 0)
+    ratio = quotient(jnp.where(overflows, jnp.zeros_like(z), z), stable, empty=empty)
     return scale_tangent(stable.astype(total.dtype), jnp.asarray(share, ratio.dtype) * ratio)
 
 
@@ -107,7 +108,8 @@ def quotient(a: jax.Array, b: jax.Array, empty=0.0) -> jax.Array:
     """`a / b` in at least float32, and `empty` wherever `b` is exactly 0; safe to differentiate there."""
     a, b = widen(a), widen(b)
     zero = b == 0
-    return jnp.where(zero, jnp.asarray(empty, b.dtype), a / jnp.where(zero, jnp.ones_like(b), b))
+    # The division comes last: a compiler that keeps its result for later then needs nothing else.
+    return jnp.where(zero, jnp.asarray(empty, a.dtype), a) / jnp.where(zero, jnp.ones_like(b), b)
 
 
 def reciprocal(denominator: jax.Array) -> jax.Array:
@@ -123,17 +125,23 @@ def secant(f, x: jax.Array, y: jax.Array) -> jax.Array:
     (log, 1/x) it counts as 0: the slope is then `y / x`. Where x or y is infinite (a mask) it is the derivative, and a
     derivative that is not finite counts as 0 there and at 0, where nothing is handed on anyway.
     """
-    eps, tiny = float(jnp.finfo(x.dtype).eps), float(jnp.finfo(x.dtype).tiny)
+    eps = float(jnp.finfo(x.dtype).eps)
     at_zero = f(jnp.zeros_like(x))
     at_zero = jnp.where(jnp.isfinite(at_zero), at_zero, jnp.zeros_like(at_zero))
     rise = y - at_zero
     near, size = jnp.abs(x) < eps ** (1 / 3), jnp.abs(x)
     outside = jnp.isinf(x) | jnp.isinf(y)
     derived = outside | (size < eps**0.5) | (near & (jnp.abs(rise) < eps ** (1 / 3) * jnp.abs(at_zero)))
-    point = jnp.where(outside, x, jnp.where(x == 0, jnp.full_like(x, -tiny), x / 2))
+    point = jnp.where(outside, x, jnp.where(x == 0, jnp.full_like(x, -float(jnp.finfo(x.dtype).tiny)), x / 2))
     _, derivative = jax.jvp(f, (point,), (jnp.ones_like(x),))
     void = ((x == 0) | outside) & ~jnp.isfinite(derivative)
     derivative = jnp.where(void, jnp.zeros_like(derivative), derivative)
     x_safe = jnp.where(derived, jnp.ones_like(x), x).astype(wide_dtype(y))
     rise = jnp.where(derived, jnp.zeros_like(rise), rise)
     return jnp.where(derived, widen(derivative), widen(rise) / x_safe)
+
+
+def ray(f, x: jax.Array) -> jax.Array:
+    """`secant` of an elementwise `f` that is linear along rays from 0, from the left at 0: a choice of two slopes."""
+    one = jnp.ones_like(x)
+    return widen(jnp.where(x > 0, f(one), -f(-one)))

@@ -107,7 +107,7 @@ def value_and_explain(
     def explained(*args, **kwargs):
         planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
         run = planned.run()
-        explained_outputs, rest = run.outputs[: planned.explained], run.outputs[planned.explained :]
+        explained_outputs, rest = run.outputs[: planned.traced.explained], run.outputs[planned.traced.explained :]
         if coefficients and any(planned.relative_inputs):
             raise ArgumentError(
                 "coefficients=True asks for the factor c of relevance = input * c, but a rule at the first layers (Flat, "
@@ -115,10 +115,10 @@ def value_and_explain(
             )
         found = run.coefficients(planned.seeds(run)) if coefficients else run.relevances(planned.seeds(run))
         _report_non_finite(found, explained_outputs)
-        structure: Any = jax.tree_util.tree_structure(planned.shapes[1:])
+        structure: Any = jax.tree_util.tree_structure(planned.traced.shapes[1:])
         value, aux = structure.unflatten(rest)
         if has_aux:
-            form, parts = planned.static_aux
+            form, parts = planned.traced.static_aux
             arrays = iter(aux)
             aux = form.unflatten([next(arrays) if part is None else part for part in parts])
         return ((value, aux) if has_aux else value), planned.leaves.restore(found)
@@ -151,7 +151,7 @@ def vjp(
         raise ArgumentError("vjp takes the relevance of the output; to start elsewhere use explain with relprop.start.")
     run = planned.run()
     outputs = run.sources
-    structure: Any = jax.tree_util.tree_structure(planned.shapes[0])
+    structure: Any = jax.tree_util.tree_structure(planned.traced.shapes[0])
 
     def pullback(relevance):
         given, form = jax.tree_util.tree_flatten(relevance)

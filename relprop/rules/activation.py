@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..errors import RuleError
 from ..structure import KINDS
-from ..surrogate import quotient, scale_tangent, secant, with_tangent
+from ..surrogate import quotient, ray, scale_tangent, secant, with_tangent
 from .affine import positive
 from .base import Rule
 
@@ -26,7 +26,7 @@ class Identity(Rule):
     absorbs: ClassVar[str] = "f(0)"
 
     def __call__(self, layer, x, z):
-        slope = secant(layer.evaluate, x, z)
+        slope = ray(layer.evaluate, x) if layer.info.homogeneous else secant(layer.evaluate, x, z)
         return scale_tangent(x.astype(z.dtype), slope)
 
 

@@ -114,16 +114,21 @@ class Epsilon(AffineRule):
         return [(1.0, layer.linear(x) if self.bias == "ignore" else z)]
 
 
+def by_sign(layer, x, f, g) -> jax.Array:
+    """`x+ f(W) + x- g(W)`."""
+    if layer.nonnegative:  # the value is x, which is at hand
+        return layer.by_sign(f, g)(scale_tangent(x, (x > 0).astype(x.dtype)), None)
+    return layer.by_sign(f, g)(positive(x), negative(x))
+
+
 def positive_part(layer, x) -> jax.Array:
     """The sum of the positive contributions, `x+ W+ + x- W-`."""
-    total = layer.with_weights(positive)(positive(x))
-    return total if layer.nonnegative else total + layer.with_weights(negative)(negative(x))
+    return by_sign(layer, x, positive, negative)
 
 
 def negative_part(layer, x) -> jax.Array:
     """The sum of the negative contributions, `x+ W- + x- W+`."""
-    total = layer.with_weights(negative)(positive(x))
-    return total if layer.nonnegative else total + layer.with_weights(positive)(negative(x))
+    return by_sign(layer, x, negative, positive)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,14 +220,17 @@ class Gamma(AffineRule):
         ignored = layer.has_bias and self.bias == "ignore"
         base = layer.linear(x) if ignored else z
         bias = layer.bias if layer.has_bias and not ignored else jnp.zeros_like(z)
-        up = layer.with_weights(lambda w: w + jnp.asarray(self.gamma, w.dtype) * positive(w))
-        down = layer.with_weights(lambda w: w + jnp.asarray(self.gamma, w.dtype) * negative(w))
-        rise = up(x) if layer.nonnegative else up(positive(x)) + down(negative(x))
-        rise = rise + bias + g * positive(bias)
+
+        def up(w):
+            return w + jnp.asarray(self.gamma, w.dtype) * positive(w)
+
+        def down(w):
+            return w + jnp.asarray(self.gamma, w.dtype) * negative(w)
+
+        rise = by_sign(layer, x, up, down) + bias + g * positive(bias)
         if layer.rectified and not ignored:  # the sign of `base` is then that of `z`
             return [(1.0, rise)]
-        fall = down(x) if layer.nonnegative else down(positive(x)) + up(negative(x))
-        fall = fall + bias + g * negative(bias)
+        fall = by_sign(layer, x, down, up) + bias + g * negative(bias)
         if jnp.finfo(z.dtype).bits >= 32:
             # Together they count every contribution 2 + gamma times: the value of the one is that of the other. In half
             # precision it would be rounded too often.
