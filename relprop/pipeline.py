@@ -107,9 +107,24 @@ class Run:
 
 
 def prepare(
-    fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=False, fallback=None, conditions=()
+    fn,
+    rules,
+    args,
+    kwargs,
+    argnums,
+    parameters,
+    target=None,
+    has_aux=False,
+    fallback=None,
+    conditions=(),
+    backward_dtype=None,
 ) -> Planned:
     """Trace a function at its arguments and plan it."""
+    if backward_dtype is not None and not jnp.issubdtype(backward_dtype, jnp.floating):
+        raise ArgumentError(
+            "backward_dtype is the dtype of the products that carry relevance, a floating-point one such as "
+            f"jax.numpy.bfloat16, or None for that of the function; got {backward_dtype!r}."
+        )
     if fallback not in (None, "gradient"):
         raise ArgumentError(f"fallback must be None or 'gradient', got {fallback!r}.")
     composite = as_composite(rules)
@@ -142,6 +157,8 @@ def prepare(
         )
     if leaves.integers:
         program, leaves = with_companions(program, leaves)
+    if backward_dtype is not None:
+        program = program.with_tangents_in(jnp.dtype(backward_dtype))
     options = Options(fallback, REGISTERED)
     live = [i in leaves.data for i in range(len(leaves.arrays))]
     origins = {v: name for v, name, on in zip(program.inputs, leaves.names, live, strict=True) if not on}
