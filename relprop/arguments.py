@@ -238,7 +238,8 @@ def seeds(outputs: list[jax.Array], target: Any) -> list[Any]:
         if known and np.any((np.asarray(index) >= classes) | (np.asarray(index) < -classes)):
             raise TargetError(f"target={target} is out of range: the output has {classes} classes along its last axis.")
         index = jnp.broadcast_to(jnp.where(index < 0, index + classes, index), y.shape[:-1])
-    return [jax.nn.one_hot(index, classes, dtype=y.dtype)]
+    # As ones of the output, so that it varies over the devices of a `shard_map` as that does.
+    return [_ones(y) * jax.nn.one_hot(index, classes, dtype=y.dtype)]
 
 
 def _ones(y: jax.Array):

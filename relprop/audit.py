@@ -33,6 +33,7 @@ def audit(
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
     conditions: Any = (),
+    backward_dtype: Any = None,
     batched: bool = False,
     by_step: bool = False,
     strict: bool = False,
@@ -46,7 +47,7 @@ def audit(
     does not hand on (`Stop`, `Gradient` at an activation; less than nothing for `AlphaBeta` where nothing is negative).
 
     Args:
-        fn, rules, argnums, target, has_aux, parameters, fallback, conditions: as in `relprop.explain`.
+        fn, rules, argnums, target, has_aux, parameters, fallback, conditions, backward_dtype: as in `relprop.explain`.
         batched: the leading axis of the explained arguments (and of a target array) is a batch: each example is audited
             by itself, as a batch of one, and the printed table shows means and the worst. Without it, relevance is summed
             over all examples. `jax.vmap` of an audit is the same for functions of one example.
@@ -74,7 +75,9 @@ def audit(
 
     def audited(*args, **kwargs):
         def one(args, target):
-            planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
+            planned = prepare(
+                fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions, backward_dtype
+            )
             account = _audit(planned)
             return account if by_step else account.summed()
 

@@ -11,7 +11,8 @@ from .structure import Layer
 def affine_layer(core: Equation, flow, facts, taken) -> Layer | None:
     """A mixing primitive with one live operand, and the elementwise affine chain before and after it.
 
-    Bias, batch norm on either side, layer scale, casts and input normalisation become part of the layer in this way.
+    Bias, batch norm on either side, layer scale, casts and input normalisation become part of the layer in this way. So
+    does the sum over devices that completes a product in a `shard_map`: before it there is only a part of the layer.
     """
     live = flow.live_operands(core)
     if core.name not in prims.MIXING or len(live) != 1 or not core.outputs[0].carries_relevance:
@@ -21,21 +22,23 @@ def affine_layer(core: Equation, flow, facts, taken) -> Layer | None:
         return None
     weight = next(v for v in core.inputs if v is not operand)
     pre = _chain_before(operand, flow, facts, taken)
-    post = _chain_after(core, flow, facts, taken)
+    sums = _sums_after(core, flow, taken)
+    post = _chain_after((core, *sums)[-1], flow, facts, taken)
     source = flow.live_operands(pre[0])[0] if pre else operand
-    output = (post[-1] if post else core).outputs[0]
+    output = (core, *sums, *post)[-1].outputs[0]
     kind = prims.MIXING[core.name]
     path = facts.origin(weight)
     rescaled = any(not _keeps_sign(e, flow, facts) for e in pre)
     return Layer(
         kind,
-        (*pre, core, *post),
+        (*pre, core, *sums, *post),
         (source,),
         output,
         core,
         tuple(pre),
         tuple(post),
         path,
+        device_sums=tuple(sums),
         frozen=(weight,),
         nonnegative=facts.is_nonnegative(source) and not rescaled,
         shift_dims=_shift_dims(pre, flow, facts),
@@ -123,6 +126,17 @@ def _chain_after(core: Equation, flow, facts, taken) -> list[Equation]:
     while chain and (chain[-1].name in prims.PURE_RESHAPE or (before_activation and not parametric(chain[-1], flow, facts))):
         chain.pop()
     return chain
+
+
+def _sums_after(core: Equation, flow, taken) -> list[Equation]:
+    sums: list[Equation] = []
+    value = core.outputs[0]
+    while (eqn := flow.sole_consumer(value)) is not None and eqn not in taken:
+        if eqn.name not in prims.DEVICE_SUMS or len(eqn.inputs) != 1:
+            break
+        sums.append(eqn)
+        value = eqn.outputs[0]
+    return sums
 
 
 def _keeps_sign(link: Equation, flow, facts) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 from collections import defaultdict
 
 from . import primitives as prims
-from .jaxprs import Equation, Program, Value, open_program, scan_groups
+from .jaxprs import Equation, Program, Value, open_body, scan_groups
 from .structure import Layer
 
 
@@ -121,7 +121,7 @@ class Flow:
 def _call_liveness(eqn: Equation, live, dependent) -> tuple[list[Body], list[bool]]:
     """The bodies of a call and the liveness of its outputs, by a fixpoint where there is a carry."""
     if eqn.name == "cond":
-        bodies = [Body(open_program(jaxpr), live[1:], dependent[1:]) for jaxpr in eqn.params["branches"]]
+        bodies = [Body(open_body(eqn, jaxpr), live[1:], dependent[1:]) for jaxpr in eqn.params["branches"]]
         outputs = [any(flags) for flags in zip(*map(_output_flags, bodies), strict=True)]
         return bodies, outputs
     consts = carry = 0
@@ -131,7 +131,7 @@ def _call_liveness(eqn: Equation, live, dependent) -> tuple[list[Body], list[boo
         skipped, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         live, dependent = live[skipped:], dependent[skipped:]
         carry = len(live) - consts
-    program = open_program(eqn.params["body_jaxpr" if eqn.name == "while" else "jaxpr"])
+    program = open_body(eqn, eqn.params["body_jaxpr" if eqn.name == "while" else "jaxpr"])
     while True:
         flow = Flow(program, live, dependent)
         outputs = [v in flow.live for v in program.outputs]

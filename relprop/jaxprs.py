@@ -13,8 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
+
+from .surrogate import with_tangent
 
 # Calls that are opened, each with the parameter that holds its jaxpr. Names differ between versions of JAX.
 _OPENED = {
@@ -79,7 +82,10 @@ class Constant(Value):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
-    """`outputs = primitive(inputs)`, with where it came from: a source location and a `named_scope` path."""
+    """`outputs = primitive(inputs)`, with where it came from: a source location and a `named_scope` path.
+
+    A product has the tangent of the same product in `tangent_dtype`, where that is given and narrower; its value is exact.
+    """
 
     primitive: Any
     params: dict[str, Any]
@@ -89,6 +95,7 @@ class Equation:
     scope: str
     function: str = ""  # the innermost function under `jit` around it, for people to read
     has_effects: bool = False
+    tangent_dtype: Any = None
 
     @property
     def name(self) -> str:
@@ -96,7 +103,25 @@ class Equation:
 
     def evaluate(self, *operands):
         """Run the primitive on `operands`; returns a tuple of outputs."""
-        bind = self.primitive.get_bind_params(self.params)
+        out = self._bind(operands, self.params)
+        if not self._has_narrow_tangent:
+            return out
+        narrow = [lax.convert_element_type(x, self.tangent_dtype) for x in operands[:2]]  # the others are sizes of groups
+        params = {**self.params, "preferred_element_type": self.tangent_dtype, "precision": None}
+        # Its value is not used, which costs nothing under `jit`: only its transpose remains of it.
+        (surrogate,) = self._bind([*narrow, *operands[2:]], params)
+        return (with_tangent(out[0], lax.convert_element_type(surrogate, out[0].dtype)),)
+
+    @property
+    def _has_narrow_tangent(self) -> bool:
+        if self.tangent_dtype is None or "preferred_element_type" not in self.params:  # which every product has
+            return False
+        dtype = self.outputs[0].dtype
+        floating = jax.dtypes.issubdtype(dtype, np.floating)
+        return floating and jax.numpy.finfo(dtype).bits > jax.numpy.finfo(self.tangent_dtype).bits
+
+    def _bind(self, operands, params):
+        bind = self.primitive.get_bind_params(params)
         # A pair (functions, params) until jax 0.9, a dict since.
         functions, params = bind if isinstance(bind, tuple) else ((), bind)
         # Under its own name stack and source line, so that profiles and JAX's errors speak of the user's code.
@@ -118,6 +143,11 @@ class Program:
     inputs: tuple[Value, ...]
     equations: tuple[Equation, ...]
     outputs: tuple[Value, ...]
+
+    def with_tangents_in(self, dtype: Any) -> "Program":
+        """The same program, whose products and those of its loops and branches have their tangents in `dtype`."""
+        equations = tuple(dataclasses.replace(eqn, tangent_dtype=dtype) for eqn in self.equations)
+        return dataclasses.replace(self, equations=equations)
 
 
 class Environment(dict[Value, Any]):
@@ -147,6 +177,11 @@ class Environment(dict[Value, Any]):
 def read(env: dict[Value, Any], value: Value):
     """The array that `value` has in `env`; constants stand for themselves."""
     return value.value if isinstance(value, Constant) else env[value]
+
+
+def open_body(eqn: Equation, jaxpr) -> Program:
+    """The body of a loop, branch or other call as a `Program`."""
+    return open_program(jaxpr).with_tangents_in(eqn.tangent_dtype)
 
 
 def open_program(jaxpr) -> Program:

@@ -16,7 +16,7 @@ from jax import lax
 
 from . import primitives as prims
 from .axes import dims_forward, proper, summing, weight_dims
-from .jaxprs import Constant, Equation, Value, read
+from .jaxprs import Constant, Equation, Value, read, varying_axes
 from .structure import Layer
 
 _LINEAR_LINKS = prims.PURE_RESHAPE | prims.SCALES
@@ -42,6 +42,17 @@ class LayerView:
     def __init__(self, info: Layer, env: dict):
         self.info = info
         self._env = env
+        self._found: dict[Any, tuple[jax.Array, jax.Array]] = {}
+
+    def once(self, f: Callable[..., jax.Array], x: jax.Array, *options: Any) -> jax.Array:
+        """`f(self, x, *options)`, which must not depend on the bias, traced once for each array `x`.
+
+        XLA merges equal products, but not the sums over devices that follow them where weights are sharded.
+        """
+        key = (f, id(x), *options)
+        if key not in self._found:
+            self._found[key] = (x, f(self, x, *options))  # as long as `x` is kept, no other array has its id
+        return self._found[key][1]
 
     def evaluate(self, *inputs: jax.Array) -> jax.Array:
         """The layer's own equations at `inputs`."""
@@ -78,6 +89,12 @@ class LayerView:
     def kind(self) -> str:
         return self.info.kind
 
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether all that the layer reads besides its inputs are numbers, so that it can be evaluated at scalars."""
+        made = {v for eqn in self.info.equations for v in eqn.outputs}.union(self.info.live)
+        return all(v in made or v.ndim == 0 for eqn in self.info.equations for v in eqn.inputs)
+
     def input(self, x: jax.Array, keep: frozenset[str] = _LINEAR_LINKS) -> jax.Array:
         """What a rule receives as `x` for a layer input `x`."""
         return x
@@ -107,8 +124,7 @@ class AffineView(LayerView):
 
     def linear(self, x: jax.Array) -> jax.Array:
         """The layer at `x` without its bias."""
-        env = {self._operand: x}
-        return self._after(run((self.info.core,), self._env, env)[self.info.core.outputs[0]], keep=_LINEAR_LINKS)
+        return self._after(self._mix({self._operand: x}), keep=_LINEAR_LINKS)
 
     def with_weights(self, f: Elementwise) -> Callable[[jax.Array], jax.Array]:
         """The linear map whose weights are `f(weight)`, elementwise, without bias.
@@ -119,10 +135,10 @@ class AffineView(LayerView):
 
         if self.info.foldable:
             weight = f(self.weight)
-            return lambda x: self._mix(weight, x)
-        factor = self._after(self._fill(self.info.core.outputs[0], 1), keep=_LINEAR_LINKS)
+            return lambda x: self._mix_weights(weight, x)
+        factor = self._after(self._fill_mixed(self._mixed, 1), keep=_LINEAR_LINKS)
         up, down = f(self.weight), f(-self.weight)
-        return lambda x: jnp.abs(factor) * jnp.where(factor < 0, self._mix(down, x), self._mix(up, x))
+        return lambda x: jnp.abs(factor) * jnp.where(factor < 0, self._mix_weights(down, x), self._mix_weights(up, x))
 
     def by_sign(self, f: Elementwise, g: Elementwise) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """The map of the positive and the negative part of an input, the one with the weights `f(w)`, the other with `g(w)`.
@@ -139,13 +155,11 @@ class AffineView(LayerView):
             return lambda x, y: plus(x) + minus(y)
         core, pair, pair_weights = paired
         weights = pair_weights(f(self.weight), g(self.weight))
-        return lambda x, y: self._mix(weights, pair(x, y), core)
+        return lambda x, y: self._mix_weights(weights, pair(x, y), core)
 
-    def _mix(self, weight: jax.Array, x: jax.Array, core: Equation | None = None) -> jax.Array:
-        env = {self._operand: x, self._weight: weight.astype(self._weight_dtype)}
-        out = self.info.core.outputs[0]
-        value = run((core or self.info.core,), self._env, env)[out]
-        return self._after(jnp.broadcast_to(value, out.shape), keep=prims.PURE_RESHAPE)
+    def _mix_weights(self, weight: jax.Array, x: jax.Array, core: Equation | None = None) -> jax.Array:
+        value = self._mix({self._operand: x, self._weight: weight.astype(self._weight_dtype)}, core)
+        return self._after(jnp.broadcast_to(value, self._mixed.shape), keep=prims.PURE_RESHAPE)
 
     @property
     def nonnegative(self) -> bool:
@@ -165,18 +179,26 @@ class AffineView(LayerView):
     def _operand(self) -> Value:
         return self.info.pre[-1].outputs[0] if self.info.pre else self.info.live[0]
 
+    @property
+    def _mixed(self) -> Value:
+        """What the mixing primitive makes, summed over devices where they share its product."""
+        return (self.info.core, *self.info.device_sums)[-1].outputs[0]
+
+    def _mix(self, operands: dict[Value, jax.Array], core: Equation | None = None) -> jax.Array:
+        return run((core or self.info.core, *self.info.device_sums), self._env, operands)[self._mixed]
+
     @cached_property
     def weight(self) -> jax.Array:
         """The effective weight: that of the mixing primitive, times every factor that follows it if it can be folded."""
         weight = read(self._env, self._weight).astype(self._weight_dtype)
         core = self.info.core
-        scaled = self.info.foldable and _is_scaled(self.info.post, core.outputs[0])
-        if not scaled or 0 in core.outputs[0].shape:
+        scaled = self.info.foldable and _is_scaled(self.info.post, self._mixed)
+        if not scaled or 0 in self._mixed.shape:
             return weight
-        blank = self._fill(core.outputs[0], 1)
+        blank = self._fill_mixed(self._mixed, 1)
         # Chains are diagonal up to reshapes: the transpose applied to ones is the factor of each core output.
         _, transpose = jax.vjp(lambda v: self._after(v, keep=_LINEAR_LINKS), blank)
-        (factor,) = transpose(self._fill(self.info.output, 1))
+        (factor,) = transpose(self._fill_mixed(self.info.output, 1))
         _, pairs = weight_dims(core, self._weight)
         outputs = [out for out, _ in pairs]
         index = tuple(slice(None) if d in outputs else slice(0, 1) for d in range(factor.ndim))
@@ -187,19 +209,17 @@ class AffineView(LayerView):
         factor = lax.transpose(factor, [kept.index(out) for out, _ in order])
         shape = [1] * weight.ndim
         for out, d in pairs:
-            shape[d] = core.outputs[0].shape[out]
+            shape[d] = self._mixed.shape[out]
         return weight * factor.reshape(shape).astype(weight.dtype)
 
     @cached_property
     def bias(self) -> jax.Array:
         """What the layer gives for an input of 0, in the shape of its output."""
-        core = self.info.core
         if any(e.name in prims.SHIFTS for e in self.info.pre):
             shift = self._before(self._fill(self.info.live[0], 0))
-            value = run((core,), self._env, {self._operand: self._shrink(shift)})[core.outputs[0]]
-            value = jnp.broadcast_to(value, core.outputs[0].shape)
+            value = jnp.broadcast_to(self._mix({self._operand: self._shrink(shift)}), self._mixed.shape)
         else:
-            value = self._fill(core.outputs[0], 0)
+            value = self._fill_mixed(self._mixed, 0)
         return self._after(value)
 
     @property
@@ -208,7 +228,7 @@ class AffineView(LayerView):
 
     def input(self, x: jax.Array, keep: frozenset[str] = _LINEAR_LINKS) -> jax.Array:
         """The mixing primitive's operand for a layer input `x`, without shifts (or only reshaped)."""
-        return self._before(x, keep)
+        return self.once(AffineView._before, x, keep)
 
     @cached_property
     def input_scale(self) -> jax.Array:
@@ -219,11 +239,21 @@ class AffineView(LayerView):
         """An array for `value` with one number in it, sharded and varying over devices as the weight is."""
         return lax.full_like(read(self._env, self._weight), number, value.dtype, value.shape)
 
+    def _fill_mixed(self, value: Value, number) -> jax.Array:
+        """As `_fill`, for a value behind the mixing primitive: equal on devices where its sum over devices is."""
+        if not self.info.device_sums:
+            return self._fill(value, number)
+        axes = set(varying_axes(read(self._env, self._weight))).difference(
+            *(e.params["axes"] for e in self.info.device_sums)
+        )
+        filled = jnp.full(value.shape, number, value.dtype)
+        return lax.pcast(filled, tuple(axes), to="varying") if axes else filled
+
     def _before(self, x, keep=None):
         return _chain(self.info.pre, self._env, self.info.live[0], x, keep)
 
     def _after(self, value, keep=None):
-        return _chain(self.info.post, self._env, self.info.core.outputs[0], value, keep)
+        return _chain(self.info.post, self._env, self._mixed, value, keep)
 
     def constant(self, value: Any) -> jax.Array:
         """The mixing primitive's operand for an input that is a number, or an array that broadcasts to the layer's input.

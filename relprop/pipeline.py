@@ -103,15 +103,31 @@ class Run:
 
 
 def prepare(
-    fn, rules, args, kwargs, argnums, parameters, target=None, has_aux=False, fallback=None, conditions=()
+    fn,
+    rules,
+    args,
+    kwargs,
+    argnums,
+    parameters,
+    target=None,
+    has_aux=False,
+    fallback=None,
+    conditions=(),
+    backward_dtype=None,
 ) -> Planned:
     """Trace a function at its arguments and plan it."""
+    if backward_dtype is not None and not jnp.issubdtype(backward_dtype, jnp.floating):
+        raise ArgumentError(
+            "backward_dtype is the dtype of the products that carry relevance, a floating-point one such as "
+            f"jax.numpy.bfloat16, or None for that of the function; got {backward_dtype!r}."
+        )
     if fallback not in (None, "gradient"):
         raise ArgumentError(f"fallback must be None or 'gradient', got {fallback!r}.")
     composite = as_composite(rules)
     leaves = flatten(fn, args, kwargs, argnums, parameters)
 
-    found, leaves = traced(fn, leaves, target, has_aux, fallback)
+    dtype = None if backward_dtype is None else jnp.dtype(backward_dtype)
+    found, leaves = traced(fn, leaves, target, has_aux, fallback, dtype)
     plan = Plan(found.section, composite)
     planned = Planned(leaves, plan, found, target, resolve(conditions, plan, found.explained))
     if planned.starts and target is not None:

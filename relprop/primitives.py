@@ -57,6 +57,8 @@ PURE_RESHAPE = frozenset(
 )
 SCALES = frozenset({"mul", "div", "neg"})
 SHIFTS = frozenset({"add", "sub", "add_any"})
+# Sums over the devices of a mesh axis, in a `shard_map`: they complete a product whose contracted axis is split.
+DEVICE_SUMS = frozenset({"psum", "psum2", "psum_invariant"})
 # Functions with a backward pass of their own around a kernel that cannot be read; see `jaxprs`.
 KERNELS = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
 CALLS = frozenset({"scan", "while", "cond", "shard_map"}) | REMAT

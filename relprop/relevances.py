@@ -34,11 +34,12 @@ def relevances(
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
     conditions: Any = (),
+    backward_dtype: Any = None,
 ) -> Callable[..., dict[str, LayerRelevance]]:
     """Transform `fn` into a function that returns the relevance at the outputs of its layers.
 
     Args:
-        fn, rules, argnums, target, has_aux, parameters, fallback: as in `relprop.explain`.
+        fn, rules, argnums, target, has_aux, parameters, fallback, backward_dtype: as in `relprop.explain`.
         at: which layers, a selector as in rules: a kind, a parameter path, `rp.last("conv")` ... `a | b` for several.
         conditions: as in `relprop.explain`; a mask at one of the layers has been applied to what is returned.
 
@@ -61,7 +62,9 @@ def relevances(
     """
 
     def located(*args, **kwargs):
-        planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
+        planned = prepare(
+            fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions, backward_dtype
+        )
         names = name_layers(planned.plan.layers)
         return {names[layer]: found for layer, found in measure(planned, planned.plan.select(at)).items()}
 

@@ -20,14 +20,15 @@ class Layer:
 
     `kind` is one of dense, conv, affine, scale, activation, product, gate, attention, norm, softmax, max_pool, sum_pool,
     add. `core` is the equation that names it; an affine layer also has the equations of its chain before (`pre`) and after
-    (`post`) the core. `foldable` says whether the factor after the core can be folded into the weight, `shift_dims` along
-    which dimensions of the core's operand the shift before it varies. `live` are the inputs that carry relevance, in the
-    order in which a rule receives them, `degrees` how often each is a factor of a product and `roles` what it is there
-    ("gate", "modulator", "activated" or "signal"; in a residual sum "skip" or "branch"; see `relprop.products`). `frozen`
-    are operands that stay constant: the weight of an affine layer, the statistic of a norm. `joint` are the equations from
-    the input of a norm to its output, where the statistic is one of that input alone. Where several affine layers are summed
-    into one preactivation (`x W + h U + b` of a recurrent cell), `preactivation` is "total" for the last layer of the sum,
-    "part" for the others. `homogeneous` says of an activation that it is linear along rays from 0.
+    (`post`) the core, and the `device_sums` that complete the core's product. `foldable` says whether the factor after the
+    core can be folded into the weight, `shift_dims` along which dimensions of the core's operand the shift before it
+    varies. `live` are the inputs that carry relevance, in the order in which a rule receives them, `degrees` how often each
+    is a factor of a product and `roles` what it is there ("gate", "modulator", "activated" or "signal"; in a residual sum
+    "skip" or "branch"; see `relprop.products`). `frozen` are operands that stay constant: the weight of an affine layer,
+    the statistic of a norm. `joint` are the equations from the input of a norm to its output, where the statistic is one of
+    that input alone. Where several affine layers are summed into one preactivation (`x W + h U + b` of a recurrent cell),
+    `preactivation` is "total" for the last layer of the sum, "part" for the others. An activation that is linear along rays
+    from 0 is `homogeneous`.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Layer:
     pre: tuple[Equation, ...] = ()
     post: tuple[Equation, ...] = ()
     path: str | None = None
+    device_sums: tuple[Equation, ...] = ()
     frozen: tuple[Value, ...] = ()
     nonnegative: bool = False
     shift_dims: frozenset[int] = frozenset()

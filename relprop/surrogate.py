@@ -141,7 +141,12 @@ def secant(f, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(derived, widen(derivative), widen(rise) / x_safe)
 
 
-def ray(f, x: jax.Array) -> jax.Array:
-    """`secant` of an elementwise `f` that is linear along rays from 0, from the left at 0: a choice of two slopes."""
-    one = jnp.ones_like(x)
-    return widen(jnp.where(x > 0, f(one), -f(-one)))
+def along_rays(f, x: jax.Array, one: jax.Array) -> jax.Array:
+    """The surrogate of an elementwise `f` that is linear along rays from 0: its slope, from the left at 0.
+
+    `f` is asked at `one` and `-one` alone, arrays of ones with the shape of `x` or, for an `f` without arrays of its own,
+    scalars. What is kept for the way back is then a choice, not a number, for each element.
+    """
+    up, down = f(one), -f(-one)
+    moved = x.astype(up.dtype)
+    return jnp.where(x > 0, up * moved, down * moved)

@@ -24,6 +24,7 @@ def explain_targets(
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
     conditions: Any = (),
+    backward_dtype: Any = None,
 ) -> Callable[..., Any]:
     """Transform `fn` into a function that explains several classes, or all of them.
 
@@ -31,7 +32,7 @@ def explain_targets(
     shared; K targets cost the products of one forward pass and of K backwards.
 
     Args:
-        fn, rules, argnums, parameters, fallback, conditions: as in `relprop.explain`.
+        fn, rules, argnums, parameters, fallback, conditions, backward_dtype: as in `relprop.explain`.
         targets: integers (K,), classes along the last axis of the output, or (K, ...) with a class for each example; all
             classes by default.
         batch_size: how many targets are propagated at once; None for all. Memory grows with it.
@@ -55,7 +56,7 @@ def explain_targets(
     checked_batch_size(batch_size)
 
     def explained(*args, **kwargs):
-        planned = prepare(fn, rules, args, kwargs, argnums, parameters, 0, False, fallback, conditions)
+        planned = prepare(fn, rules, args, kwargs, argnums, parameters, 0, False, fallback, conditions, backward_dtype)
         run = planned.run()
         seeds(run.sources, 0)  # one array with classes along its last axis, or an error that says so
         classes = run.sources[0].shape[-1]

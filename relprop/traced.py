@@ -64,7 +64,9 @@ class Flat:
         self.call, self.static_aux = flat, static_aux
 
 
-def traced(fn: Callable[..., Any], leaves: Leaves, target: Any, has_aux: bool, fallback: Any) -> tuple[Traced, Leaves]:
+def traced(
+    fn: Callable[..., Any], leaves: Leaves, target: Any, has_aux: bool, fallback: Any, tangent_dtype: Any
+) -> tuple[Traced, Leaves]:
     """Trace a function and find its layers; returns the leaves with the companions of explained integers."""
     known, key = _known(fn, leaves, target, has_aux)
     flat = known.get(key) or Flat(fn, leaves, target, has_aux)
@@ -72,11 +74,11 @@ def traced(fn: Callable[..., Any], leaves: Leaves, target: Any, has_aux: bool, f
     jaxpr, shapes = jax.make_jaxpr(flat.call, return_shape=True)(*leaves.arrays)
     options = Options(fallback, dict(REGISTERED))
     for earlier, given, found in flat.read:
-        if earlier is jaxpr and given == options:
+        if earlier is jaxpr and given == (options, tangent_dtype):
             return found, with_companions(leaves, found.section.program.outputs)
     program = open_program(jaxpr)
-    found, leaves = _read(program, shapes, list(flat.static_aux), leaves, options)
-    flat.read.append((jaxpr, options, found))
+    found, leaves = _read(program, shapes, list(flat.static_aux), leaves, options, tangent_dtype)
+    flat.read.append((jaxpr, (options, tangent_dtype), found))
     if _captures(program) or len(flat.read) > _SIZE:
         known.pop(key, None)
     elif len(known) < _SIZE:
@@ -84,7 +86,7 @@ def traced(fn: Callable[..., Any], leaves: Leaves, target: Any, has_aux: bool, f
     return found, leaves
 
 
-def _read(program: Program, shapes, static_aux, leaves: Leaves, options: Options) -> tuple[Traced, Leaves]:
+def _read(program: Program, shapes, static_aux, leaves: Leaves, options, tangent_dtype) -> tuple[Traced, Leaves]:
     explained = len(jax.tree_util.tree_leaves(shapes[0]))
     if not any(v.carries_relevance for v in program.outputs[:explained]):
         given = ", ".join(f"{v.dtype}{list(v.shape)}" for v in program.outputs[:explained]) or "nothing"
@@ -94,6 +96,8 @@ def _read(program: Program, shapes, static_aux, leaves: Leaves, options: Options
     plain, leaves = leaves, with_companions(leaves, program.outputs)
     if leaves is not plain:
         program = follow_companions(program, plain, leaves)
+    if tangent_dtype is not None:
+        program = program.with_tangents_in(tangent_dtype)
     live = [i in leaves.data for i in range(len(leaves.arrays))]
     origins = {v: name for v, name, on in zip(program.inputs, leaves.names, live, strict=True) if not on}
     section, _ = number(recognise(program, live, origins, options, targets=program.outputs[:explained]))

@@ -25,6 +25,7 @@ def explain(
     fallback: Fallback = None,
     coefficients: bool = False,
     conditions: Any = (),
+    backward_dtype: Any = None,
 ) -> Callable[..., Any]:
     """Transform `fn` into a function that returns the relevance of its input for its output.
 
@@ -46,6 +47,11 @@ def explain(
             picture of methods that modify the gradient, such as guided backpropagation.
         conditions: filters on the way of relevance and other places where it starts, one or a sequence; see
             `relprop.condition` and `relprop.start`.
+        backward_dtype: the dtype of the products of the pass backwards, such as `jax.numpy.bfloat16` for a float32
+            function. Values and denominators, and what is done element by element, keep the dtype of the function, in at
+            least float32 for ratios. Each product then rounds the coefficients, the weights and what it gives, once each;
+            so do derivatives of the explanation. A fused attention kernel keeps its own. Use it under `jax.jit`: outside
+            of it every product is computed twice. By default (None) products have the dtype of the function.
 
     Returns:
         A function of the same arguments. It returns relevance in the form of the explained argument (a tuple where
@@ -73,6 +79,7 @@ def explain(
         fallback=fallback,
         coefficients=coefficients,
         conditions=conditions,
+        backward_dtype=backward_dtype,
     )
 
     def explained(*args, **kwargs):
@@ -93,6 +100,7 @@ def value_and_explain(
     fallback: Fallback = None,
     coefficients: bool = False,
     conditions: Any = (),
+    backward_dtype: Any = None,
 ) -> Callable[..., Any]:
     """As `explain`, for a function that returns a pair (value of `fn`, relevance).
 
@@ -105,7 +113,9 @@ def value_and_explain(
     """
 
     def explained(*args, **kwargs):
-        planned = prepare(fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions)
+        planned = prepare(
+            fn, rules, args, kwargs, argnums, parameters, target, has_aux, fallback, conditions, backward_dtype
+        )
         run = planned.run()
         explained_outputs, rest = run.outputs[: planned.traced.explained], run.outputs[planned.traced.explained :]
         if coefficients and any(planned.relative_inputs):
@@ -134,11 +144,12 @@ def vjp(
     parameters: int | Sequence[int] | None = None,
     fallback: Fallback = None,
     conditions: Any = (),
+    backward_dtype: Any = None,
 ) -> tuple[Any, Callable[[Any], Any]]:
     """The value of `fn` at `args`, and the map from the relevance of its output to that of its arguments.
 
     The map takes a pytree of the form of the output. An output element that is exactly 0 has no relevance to hand on.
-    `conditions` are masks on the way; see `relprop.condition`.
+    `conditions` are masks on the way; see `relprop.condition`. `backward_dtype` is as in `relprop.explain`.
 
     Example:
         >>> import jax.numpy as jnp, relprop as rp
@@ -146,7 +157,7 @@ def vjp(
         >>> pullback(jnp.array([1.0, 0.0]))
         Array([1., 0.], dtype=float32)
     """
-    planned = prepare(fn, rules, args, {}, argnums, parameters, None, False, fallback, conditions)
+    planned = prepare(fn, rules, args, {}, argnums, parameters, None, False, fallback, conditions, backward_dtype)
     if planned.starts:
         raise ArgumentError("vjp takes the relevance of the output; to start elsewhere use explain with relprop.start.")
     run = planned.run()

@@ -35,6 +35,13 @@ def network(params, x, rectify=jax.nn.relu):
     return x.sum((1, 2))
 
 
+def signed(params, x):
+    """Inputs of layers may be negative."""
+    for w, b in params:
+        x = jnp.tanh(conv(x, w, b))
+    return x.sum((1, 2))
+
+
 def pooled(params, x):
     """No relu right after a layer: what a pooling selects may be negative."""
     x = jnp.abs(x)
@@ -70,6 +77,10 @@ def test_the_gradient_costs_two_products_a_layer():
         (rp.AlphaBeta(1.0, 0.0), network, 3),
         (rp.Gamma(0.25), network, 3),  # 2 and 1: nothing negative is explained below a relu
         (rp.Gamma(0.25), pooled, 4),  # 2 and 2
+        # Positive and negative inputs side by side are one product, of twice the size.
+        (rp.ZPlus(), signed, 3),
+        (rp.AlphaBeta(2.0, 1.0), signed, 4),
+        (rp.Gamma(0.25), signed, 4),
     ],
 )
 def test_what_a_layer_costs(rule, fn, count):
@@ -95,6 +106,23 @@ def test_bounds_are_mixed_once_for_all_examples():
     shapes = re.findall(r" = f64\[([\d,]*)\]\S* convolution\(", compiled.as_text())
     batches = sorted(16 if "16" in shape.split(",") else 1 for shape in shapes)
     assert batches == [1, 1, 16, 16, 16]
+
+
+def dense(params, x):
+    for w, b in params:
+        x = jnp.tanh(x @ w[0] + b[0])
+    return x.sum(1)
+
+
+@pytest.mark.parametrize("fn", [signed, dense])
+def test_positive_and_negative_inputs_in_one_product_change_nothing(fn, monkeypatch):
+    params, x = parameters(2), jnp.asarray(RANDOM.normal(size=X.shape if fn is signed else (4, 3)))
+    rules = [rp.AlphaBeta(), rp.Gamma(), rp.ZPlus()]
+    found = [rp.explain(fn, rule)(params, x) for rule in rules]
+    monkeypatch.setattr("relprop.layers.summing", lambda core, weight: None)
+    for rule, relevance in zip(rules, found, strict=True):
+        expected = rp.explain(fn, rule)(params, x)
+        np.testing.assert_allclose(relevance, expected, rtol=1e-9, atol=1e-12 * float(jnp.abs(expected).max()))
 
 
 def opaque(z):

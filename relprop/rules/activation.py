@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..errors import RuleError
 from ..structure import KINDS
-from ..surrogate import quotient, ray, scale_tangent, secant, with_tangent
+from ..surrogate import along_rays, quotient, scale_tangent, secant, with_tangent
 from .affine import positive
 from .base import Rule
 
@@ -26,8 +26,10 @@ class Identity(Rule):
     absorbs: ClassVar[str] = "f(0)"
 
     def __call__(self, layer, x, z):
-        slope = ray(layer.evaluate, x) if layer.info.homogeneous else secant(layer.evaluate, x, z)
-        return scale_tangent(x.astype(z.dtype), slope)
+        if layer.info.homogeneous:
+            one = jnp.ones((), x.dtype) if layer.reads_numbers else jnp.ones_like(x)
+            return along_rays(layer.evaluate, x, one)
+        return scale_tangent(x.astype(z.dtype), secant(layer.evaluate, x, z))
 
 
 @dataclasses.dataclass(frozen=True)

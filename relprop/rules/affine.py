@@ -117,7 +117,7 @@ class Epsilon(AffineRule):
 def by_sign(layer, x, f, g) -> jax.Array:
     """`x+ f(W) + x- g(W)`."""
     if layer.nonnegative:  # the value is x, which is at hand
-        return layer.by_sign(f, g)(scale_tangent(x, (x > 0).astype(x.dtype)), None)
+        return layer.by_sign(f, g)(with_tangent(x, positive(x)), None)
     return layer.by_sign(f, g)(positive(x), negative(x))
 
 
@@ -161,14 +161,14 @@ class AlphaBeta(AffineRule):
         # The two products of this rule add up to the layer; in half precision each would be rounded on its own.
         if self._no_beta or jnp.finfo(x.dtype).bits < 32:
             return None
-        return positive_part(layer, x) + negative_part(layer, x) + layer.bias
+        return layer.once(positive_part, x) + layer.once(negative_part, x) + layer.bias
 
     def terms(self, layer, x, z):
         counts_bias = layer.has_bias and self.bias != "ignore"
-        up = positive_part(layer, x)
+        up = layer.once(positive_part, x)
         found = [(self.alpha, up + positive(layer.bias) if counts_bias else up)]
         if not self._no_beta:
-            down = negative_part(layer, x)
+            down = layer.once(negative_part, x)
             found.append((-self.beta, down + negative(layer.bias) if counts_bias else down))
         return found
 
