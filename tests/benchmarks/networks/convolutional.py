@@ -1,7 +1,7 @@
 """VGG-16, ResNet-50 and MobileNetV2.
 
 A network is a nested list of layers, a layer a tuple. From one description come the weights, the network of JAX and those
-of the peers.
+of the peers. The originals have images of 224 x 224, a `width` of 64 channels, and all of the `stages`.
 """
 
 import functools
@@ -18,15 +18,15 @@ BOX = (-2.0, 2.0)  # of the input
 CLASSES = 1000
 
 
-def vgg16(size, width):
-    """VGG-16 with its three dense layers; `width` is 64 in the original. Simonyan and Zisserman 2015."""
+def vgg16(size, width, stages):
+    """VGG-16 with its three dense layers. Simonyan and Zisserman 2015."""
     layers, channels = [], 3
-    for count, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8)):
+    for count, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))[:stages]:
         for _ in range(count):
             layers += [("conv", 3, channels, width * factor, 1, 1, True), ("relu",)]
             channels = width * factor
         layers.append(("max_pool", 2, 0))
-    layers += [("flatten",), ("dense", channels * (size // 32) ** 2, 64 * width), ("relu",)]
+    layers += [("flatten",), ("dense", channels * (size >> layers.count(("max_pool", 2, 0))) ** 2, 64 * width), ("relu",)]
     return [*layers, ("dense", 64 * width, 64 * width), ("relu",), ("dense", 64 * width, CLASSES)]
 
 
@@ -34,10 +34,10 @@ def _conv_norm(kernel, inputs, outputs, stride=1, groups=1):
     return [("conv", kernel, inputs, outputs, stride, groups, False), ("batch_norm", outputs)]
 
 
-def resnet50(size, width):
+def resnet50(size, width, stages):
     """ResNet-50 (stride at the 3x3 convolution) with its batch norms written out. He et al. 2016."""
     layers, channels = [*_conv_norm(7, 3, width, 2), ("relu",), ("max_pool", 3, 1)], width
-    for stage, count in enumerate((3, 4, 6, 3)):
+    for stage, count in enumerate((3, 4, 6, 3)[:stages]):
         narrow = width * 2**stage
         for block in range(count):
             stride = 2 if stage and not block else 1
@@ -49,13 +49,13 @@ def resnet50(size, width):
     return [*layers, ("mean",), ("dense", channels, CLASSES)]
 
 
-def mobilenet_v2(size, width):
+def mobilenet_v2(size, width, stages):
     """MobileNetV2: depthwise convolutions between a wide and a narrow 1x1 convolution, relu6. Sandler et al. 2018."""
     narrow = width // 2
     layers = [*_conv_norm(3, 3, narrow, 2), ("relu6",)]
     for expand, outputs, count, stride in (
         (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)
-    ):  # fmt: skip
+    )[:stages]:  # fmt: skip
         outputs = outputs * width // 64
         for block in range(count):
             step, wide = 1 if block else stride, expand * narrow
@@ -133,9 +133,10 @@ PRESETS = {
 
 
 def build(describe, own_batch, presets, short=False, batch=None):
-    """`short`: an eighth of the channels, 32 x 32 pixels."""
-    size, batch = (32, batch or 2) if short else (224, batch or own_batch)
-    layers, rng = describe(size, 8 if short else 64), np.random.default_rng(0)
+    """`short`: two stages, an eighth of the channels, 32 x 32 pixels."""
+    size, width, stages = (32, 8, 2) if short else (224, 64, None)
+    batch = batch or (2 if short else own_batch)
+    layers, rng = describe(size, width, stages), np.random.default_rng(0)
     return Problem(
         describe.__name__,
         "convolutional",

@@ -2,8 +2,8 @@
 
 A module of `GRADIENTS` rebuilds the networks of a family: its `gradient(problem)` gives a run of torch's gradient by the
 input. A module of `PEERS` has the `FAMILY` that it explains, and `relevances(problem)`: for each preset that it has, a
-function that prepares a run. A run takes nothing and returns an array of numpy in the layout of our input. Parameters require no
-gradient.
+function that prepares a run. A run takes nothing and returns an array of numpy in the layout of our input. Parameters
+require no gradient.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """captum: `captum.attr.LRP`, which registers its hooks, runs the network twice and restores its weights in every call.
 
-Its Alpha1_Beta0 clips weights and does not look at the sign of the input: the rule of the literature above a relu and without
-biases. Batch norm has no such rule there, and relu6 no rule at all.
+Its Alpha1_Beta0 clips weights and does not look at the sign of the input: above a relu and without biases it is the rule of
+the literature. Batch norm has no such rule there, and relu6 no rule at all.
 """
 
 import functools

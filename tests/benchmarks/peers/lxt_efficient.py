@@ -3,6 +3,10 @@
 A patch changes classes and modules for everyone: here it is in place while its model is made and run, and out of place
 while torch's gradient is. LXT has no patches for Hugging Face's ViT and none of CP-LRP for BERT; those for ViT are put
 together of its own for other models.
+
+It has no stabiliser in layers with weights, `rp.presets.attn_lrp()` has 1e-6: 8e-4 of the relevance of twelve blocks of
+BERT, and all of the difference (with `epsilon=0` 7e-8 in float64, 1.5e-6 in float32). Under `attn_lrp_vit` another 3e-3: to
+our Gamma the shift of a layer norm is a bias of the layer after it, to zennit's a part of its input.
 """
 
 import functools
@@ -11,7 +15,6 @@ import warnings
 import torch
 from lxt.efficient import monkey_patch, monkey_patch_zennit, patches
 from lxt.efficient.models import bert, llama
-from transformers.models.llama import modeling_llama
 from transformers.models.vit import modeling_vit
 from zennit import composites, core, rules
 
