@@ -152,5 +152,5 @@ def build(describe, own_batch, presets, short=False, batch=None):
 NETWORKS = {
     "vgg16": functools.partial(build, vgg16, 4, PRESETS | {"alpha1_beta0 (captum's)": alpha1_beta0_of_captum}),
     "resnet50": functools.partial(build, resnet50, 4, PRESETS),
-    "mobilenet_v2": functools.partial(build, mobilenet_v2, 8, PRESETS),
+    "mobilenet_v2": functools.partial(build, mobilenet_v2, 4, PRESETS),
 }

@@ -1,4 +1,8 @@
-"""The convolutional networks in torch, as modules in order of execution."""
+"""The convolutional networks in torch, as modules in order of execution.
+
+In float64 its gradients are JAX's to 1e-14. In float32 they differ by 1e-2 for MobileNetV2, whose logits differ by 1e-6: of
+millions of units some are on the other side of a kink of relu6.
+"""
 
 import numpy as np
 import torch
