@@ -1,8 +1,8 @@
 """zennit: its composites, with hooks and canonizers registered before the run.
 
-It stabilises residual sums and average pooling, ours are exact there: a difference of some 1e-5 after many blocks. Its canonizer
-leaves a merged batch norm with its epsilon, a factor of 1 - 5e-6 at each: enough for other units of a deep network to be
-active, and 8e-2 of the relevance of MobileNetV2 by Epsilon. It is set to 0 here.
+It stabilises residual sums and average pooling, ours are exact there: a difference of some 1e-5 after many blocks. Its
+canonizer leaves a merged batch norm with its epsilon, a factor of 1 - 5e-6 at each: enough for other units of a deep network
+to be active, and 8e-2 of the relevance of MobileNetV2 by Epsilon. It is set to 0 here.
 """
 
 import functools
