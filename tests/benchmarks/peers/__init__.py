@@ -1,4 +1,7 @@
-"""Other implementations, in torch, of the same networks with the same weights. None of them is needed.
+"""Other implementations, in torch, of the same networks with the same weights. None of them is needed; all of them are
+
+    pip install torch torchvision zennit captum tabulate matplotlib transformers==4.52.4
+    pip install --no-deps lxt==2.1
 
 A module of `GRADIENTS` rebuilds the networks of a family: its `gradient(problem)` gives a run of torch's gradient by the
 input. A module of `PEERS` has the `FAMILY` that it explains, and `relevances(problem)`: for each preset that it has, a
