@@ -2,8 +2,8 @@
 
 Stabilisers are its own, without a sign: 1e-6 and 1e-8 are added to what relevance is divided by, in sums, products and
 norms, too. They are its difference from ours in float64, 3e-3 after twelve blocks of BERT or ViT; in float32 it loses as
-much and more, up to 4e-2, by dividing by activations that it has to multiply with again. What torch does to relevance between
-the functions (reshaping, selecting) is right.
+much and more, up to 4e-2, by dividing by activations that it has to multiply with again. What torch does to relevance
+between the functions (reshaping, selecting) is right.
 """
 
 import functools
