@@ -1,5 +1,6 @@
 """Times and counts of one network: our gradient and relevances, torch's gradient, the relevances of peers."""
 
+import gc
 import statistics
 
 import jax
@@ -36,6 +37,7 @@ def measure(problem, presets, repeats, torch_gradient=None, peers=None):
         row["diff"]["torch gradient"] = _distance(values["torch gradient"], values["gradient"])
     yield row
     for preset in presets:
+        gc.collect()  # hooks of torch and their models refer to one another
         try:
             explained = compiled(rp.explain(problem.fn, problem.presets[preset](), target=problem.target), params, x)
             value = np.asarray(explained.run())
