@@ -132,9 +132,9 @@ PRESETS = {
 }
 
 
-def build(describe, own_batch, presets, short=False, batch=None):
-    """`short`: two stages, an eighth of the channels, 32 x 32 pixels."""
-    size, width, stages = (32, 8, 2) if short else (224, 64, None)
+def build(describe, own_batch, stages, presets, short=False, batch=None):
+    """`short`: only the first `stages`, an eighth of the channels, 32 x 32 pixels."""
+    size, width, stages = (32, 8, stages) if short else (224, 64, None)
     batch = batch or (2 if short else own_batch)
     layers, rng = describe(size, width, stages), np.random.default_rng(0)
     return Problem(
@@ -150,7 +150,7 @@ def build(describe, own_batch, presets, short=False, batch=None):
 
 
 NETWORKS = {
-    "vgg16": functools.partial(build, vgg16, 4, PRESETS | {"alpha1_beta0 (captum's)": alpha1_beta0_of_captum}),
-    "resnet50": functools.partial(build, resnet50, 4, PRESETS),
-    "mobilenet_v2": functools.partial(build, mobilenet_v2, 4, PRESETS),
+    "vgg16": functools.partial(build, vgg16, 4, 2, PRESETS | {"alpha1_beta0 (captum's)": alpha1_beta0_of_captum}),
+    "resnet50": functools.partial(build, resnet50, 4, 1, PRESETS),
+    "mobilenet_v2": functools.partial(build, mobilenet_v2, 4, 2, PRESETS),
 }

@@ -36,11 +36,11 @@ class Sizes:
 SIZES = {  # full and short
     "vit_b16": (
         Sizes(12, 768, 12, 3072, 197, 1000, 1e-12, image=224, patch=16),
-        Sizes(2, 32, 4, 64, 5, 10, 1e-12, image=16, patch=8),
+        Sizes(1, 32, 4, 64, 5, 10, 1e-12, image=16, patch=8),
     ),
-    "bert_base": (Sizes(12, 768, 12, 3072, 128, 2, 1e-12), Sizes(2, 32, 4, 64, 8, 2, 1e-12)),
+    "bert_base": (Sizes(12, 768, 12, 3072, 128, 2, 1e-12), Sizes(1, 32, 4, 64, 8, 2, 1e-12)),
     # A block is one of TinyLlama-1.1B: 4 heads of keys and values for 32 of queries.
-    "llama": (Sizes(4, 2048, 32, 5632, 256, 32000, 1e-5, key_heads=4), Sizes(2, 32, 4, 64, 8, 50, 1e-5, key_heads=2)),
+    "llama": (Sizes(4, 2048, 32, 5632, 256, 32000, 1e-5, key_heads=4), Sizes(1, 32, 4, 64, 8, 50, 1e-5, key_heads=2)),
 }
 BATCH = {"vit_b16": 2, "bert_base": 4, "llama": 1}
 ROTARY_BASE = 10000.0
@@ -173,7 +173,7 @@ PRESETS = {"attn_lrp": rp.presets.attn_lrp, "cp_lrp": rp.presets.cp_lrp}
 
 
 def build(fn, short=False, batch=None):
-    """`short`: two blocks of width 32."""
+    """`short`: one block of width 32."""
     name = fn.__name__
     sizes, rng = SIZES[name][short], np.random.default_rng(0)
     batch = batch or (2 if short else BATCH[name])
