@@ -63,41 +63,67 @@ def bench(
         y, pullback = jax.vjp(lambda x: fn(*args[:-1], x) if not callable(target) else target(fn(*args[:-1], x)), args[-1])
         return pullback(jax.tree.unflatten(jax.tree.structure(y), seeds(jax.tree.leaves(y), target)))[0]
 
-    base, counts, compilation = _compiled(gradient, *before, x)
-    yield Cost("gradient", statistics.median(_timed([base], repeats)[0]), 1.0, *counts, compilation)
+    base = compiled(gradient, *before, x)
+    base.run()
+    yield _cost("gradient", timed([base.run], repeats)[0], 1.0, base)
     for name, rule in rules.items():
-        run, counts, compilation = _compiled(explain(fn, rule, target=target), *before, x)
-        ours, theirs = _timed([run, base], repeats)
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        yield Cost(name, statistics.median(ours), ratio, *counts, compilation)
+        explained = compiled(explain(fn, rule, target=target), *before, x)
+        explained.run()
+        ours, theirs = timed([explained.run, base.run], repeats)
+        yield _cost(name, ours, statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), explained)
 
 
-def _compiled(fn: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], tuple[int, float, int], float]:
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled function at its arguments, `run()`, and what is known of it without running.
+
+    Attributes:
+        convolutions, dots: products in the program, the body of a loop once: see `products`.
+        flops, memory, compilation: as in `Cost`.
+    """
+
+    run: Callable[[], Any]
+    convolutions: int
+    dots: int
+    flops: float
+    memory: int
+    compilation: float
+
+
+def compiled(fn: Callable[..., Any], *args: Any) -> Compiled:
+    """Compile `fn` for `args`; `run` waits for the result."""
     begun = time.perf_counter()
-    compiled = jax.jit(fn).lower(*args).compile()
+    program = jax.jit(fn).lower(*args).compile()
     seconds = time.perf_counter() - begun
-    analysis = compiled.memory_analysis()
-    flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-    counts = products(compiled.as_text() or ""), flops, analysis.temp_size_in_bytes if analysis else 0
-    return (lambda: jax.block_until_ready(compiled(*args))), counts, seconds
+    analysis = program.memory_analysis()
+    flops = (program.cost_analysis() or {}).get("flops", float("nan"))
+    memory = analysis.temp_size_in_bytes if analysis else 0
+    return Compiled(
+        lambda: jax.block_until_ready(program(*args)), *products(program.as_text() or ""), flops, memory, seconds
+    )
 
 
-def products(program: str) -> int:
-    """The dots and convolutions of a compiled program; libraries for them are called by custom calls."""
-    count = 0
+def products(program: str) -> tuple[int, int]:
+    """The convolutions and dots of a compiled program; libraries for them are called by custom calls.
+
+    A convolution that XLA computes as a dot (1x1, on a CPU) is a convolution, as in the function that was compiled.
+    """
+    convolutions = dots = 0
     for line in program.splitlines():
         opcode = re.search(r" (convolution|dot|custom-call)\(", line)
-        if opcode and opcode[1] == "custom-call":
-            count += re.search(r'custom_call_target="[^"]*(conv|dot|matmul|gemm)', line) is not None
-        elif opcode:
-            count += 1
-    return count
+        called = re.search(r'custom_call_target="[^"]*(conv|dot|matmul|gemm)', line)
+        if opcode is None or (opcode[1] == "custom-call" and called is None):
+            continue
+        kind = called[1] if called else opcode[1]
+        if kind.startswith("conv") or "conv_general_dilated" in line:
+            convolutions += 1
+        else:
+            dots += 1
+    return convolutions, dots
 
 
-def _timed(runs: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """The seconds of every run, in turns, after one that is not timed."""
-    for run in runs:
-        run()
+def timed(runs: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    """The seconds of every run, in turns."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, found in zip(runs, seconds, strict=True):
@@ -105,6 +131,11 @@ def _timed(runs: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
             run()
             found.append(time.perf_counter() - begun)
     return seconds
+
+
+def _cost(name: str, seconds: list[float], relative: float, program: Compiled) -> Cost:
+    total = program.convolutions + program.dots
+    return Cost(name, statistics.median(seconds), relative, total, program.flops, program.memory, program.compilation)
 
 
 def table(costs: Iterator[Cost]) -> Iterator[str]:

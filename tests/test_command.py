@@ -182,10 +182,12 @@ def test_products_are_counted_whoever_computes_them():
     ROOT %b = f32[1,8,8,4]{3,2,1,0} convolution(%p, %q), window={size=3x3}
     %c = f32[2,3]{1,0} custom-call(%x, %y), custom_call_target="__cublas$lt$matmul"
     %d = (f32[2], u8[0]) custom-call(%x, %y), custom_call_target="__cudnn$convForward"
-    %e = f32[2]{0} custom-call(%x), custom_call_target="Sharding"
+    %e = f32[2,3]{1,0} custom-call(%x, %y), custom_call_target="__onednn$matmul"
+    %f = f32[8,4]{1,0} dot(%x, %y), metadata={op_name="jit(network)/conv_general_dilated"}
+    %g = f32[2]{0} custom-call(%x), custom_call_target="Sharding"
     %dot.4 = f32[2]{0} add(%x, %y)
     """
-    assert bench.products(program) == 4
+    assert bench.products(program) == (3, 3)  # convolutions, dots
 
 
 def test_bench_needs_floats():

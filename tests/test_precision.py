@@ -70,7 +70,7 @@ def compiled_products(lowered):
     ("rules", "forwards", "backwards"),
     [
         (rp.Epsilon(), 3, 3),
-        (rp.presets.epsilon_alpha2_beta1(), 7, 7),  # 4 for the input of both signs, 2, and 1 with Epsilon
+        (rp.presets.epsilon_alpha2_beta1(), 5, 5),  # 2 for the input of both signs, 2, and 1 with Epsilon
     ],
 )
 def test_products_forwards_stay_and_those_backwards_are_narrow(rules, forwards, backwards):
