@@ -136,9 +136,9 @@ def secant(f, x: jax.Array, y: jax.Array) -> jax.Array:
     _, derivative = jax.jvp(f, (point,), (jnp.ones_like(x),))
     void = ((x == 0) | outside) & ~jnp.isfinite(derivative)
     derivative = jnp.where(void, jnp.zeros_like(derivative), derivative)
-    x_safe = jnp.where(derived, jnp.ones_like(x), x).astype(wide_dtype(y))
-    rise = jnp.where(derived, jnp.zeros_like(rise), rise)
-    return jnp.where(derived, widen(derivative), widen(rise) / x_safe)
+    # The division comes last, as in `quotient`.
+    rise = jnp.where(derived, widen(derivative), widen(rise))
+    return rise / jnp.where(derived, jnp.ones_like(x), x).astype(rise.dtype)
 
 
 def along_rays(f, x: jax.Array, one: jax.Array) -> jax.Array:
