@@ -135,7 +135,8 @@ def is_homogeneous(equations, source: Value, facts) -> bool:
     for eqn in equations:
         # What does not depend on the source has degree 0; the number 0 has any.
         given = [degrees.get(v, 0) for v in eqn.inputs if v in degrees or not _is_zero(v, facts)]
-        degrees[eqn.outputs[0]] = _degree(eqn.name, given)
+        rounds = eqn.name == "convert_element_type" and not eqn.outputs[0].carries_relevance and any(given)
+        degrees[eqn.outputs[0]] = None if rounds else _degree(eqn.name, given)
     return degrees[equations[-1].outputs[0]] == 1
 
 

@@ -346,6 +346,36 @@ def test_activations_with_learned_shapes():
         np.testing.assert_allclose(relevance, fn(alpha, VECTORS) - absorbed, rtol=1e-9)
 
 
+ALPHA = jnp.array([0.1, -0.2, 0.3, 2.0, 0.5])
+RAYS = {
+    "relu": jax.nn.relu,
+    "leaky relu": jax.nn.leaky_relu,
+    "leaky relu with learned slopes": lambda x: jnp.where(x > 0, x, ALPHA * x),
+    "absolute value": jnp.abs,
+    "by the sign": lambda x: jnp.sign(x) * jnp.maximum(x, -2 * x) / 3,
+    "a product with a step": lambda x: 2 * x * (x >= 0).astype(x.dtype),
+    "a half": lambda x: (x + jnp.abs(x)).astype(jnp.float32).astype(x.dtype) / 2,
+}
+NO_RAYS = {
+    "relu6": jax.nn.relu6,
+    "a step that is not at 0": lambda x: jnp.where(x > 1, x, 0 * x),
+    "a distance": lambda x: jnp.maximum(x, ALPHA),
+    "rounding": lambda x: x.astype(jnp.int32).astype(x.dtype) + x,
+    "the sign of what is rounded": lambda x: x * (x.astype(jnp.int32) != 1).astype(x.dtype),
+    "a square": lambda x: x * jnp.abs(x),
+}
+
+
+@pytest.mark.parametrize("name", RAYS | NO_RAYS)
+def test_an_activation_that_is_linear_along_rays_hands_on_its_value_as_any_other(name):
+    f = (RAYS | NO_RAYS)[name]
+    x = jnp.array([-3.0, -0.4, 0.0, 0.7, 1.2])
+    (layer,) = (entry.layer for entry in rp.plan(f, None)(x) if entry.layer.kind == "activation")
+    assert layer.homogeneous == (name in RAYS)
+    relevance = rp.explain(f, None)(x)
+    np.testing.assert_allclose(relevance, f(x) - f(jnp.zeros_like(x)), rtol=1e-6, atol=1e-12)
+
+
 def test_an_activation_of_two_values_is_refused():
     with pytest.raises(rp.UnknownPrimitiveError, match=r"atan2.*test_layers.py.*nonlinear in 2.*register.*fallback"):
         rp.explain(lambda a, b: jnp.arctan2(a, b), None, argnums=(0, 1))(VECTORS, VECTORS + 1)
