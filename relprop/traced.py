@@ -1,13 +1,16 @@
 """Functions, traced and read: done once for a function and the shapes of its arguments.
 
-What is remembered is forgotten with the function. As with `jax.jit`, what a function reads besides its arguments counts as
-it was when it was traced; but a function that closes over arrays is traced at every call, because they may have changed.
+What is remembered is forgotten with the function. A function that closes over arrays is traced at every call, because they
+may have changed; numbers, flags and names that it closes over, or finds among globals and its own attributes, are compared.
+What the functions that it calls read besides their arguments counts, as with `jax.jit`, as it was when it was traced.
 """
 
 import dataclasses
+import functools
 import itertools
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +23,7 @@ from .registry import REGISTERED
 from .structure import Options, Section
 
 _SIZE = 16  # how many ways to call one function are remembered
+_PLAIN = bool | int | float | complex | str | None
 _functions: weakref.WeakKeyDictionary[Any, dict[Any, "Flat"]] = weakref.WeakKeyDictionary()
 
 
@@ -77,7 +81,8 @@ def traced(
         if earlier is jaxpr and given == (options, tangent_dtype):
             return found, with_companions(leaves, found.section.program.outputs)
     program = open_program(jaxpr)
-    found, leaves = _read(program, shapes, list(flat.static_aux), leaves, options, tangent_dtype)
+    static_aux = next((f.static_aux for earlier, _, f in flat.read if earlier is jaxpr), list(flat.static_aux))
+    found, leaves = _read(program, shapes, static_aux, leaves, options, tangent_dtype)
     flat.read.append((jaxpr, (options, tangent_dtype), found))
     if _captures(program) or len(flat.read) > _SIZE:
         known.pop(key, None)
@@ -107,12 +112,28 @@ def _read(program: Program, shapes, static_aux, leaves: Leaves, options, tangent
 def _known(fn, leaves: Leaves, target, has_aux) -> tuple[dict[Any, Flat], Any]:
     """What is remembered of a function, and the name of this way to call it; nothing of what cannot be compared."""
     target = target if callable(target) else None
-    key = (leaves.form, tuple(leaves.names), tuple(leaves.explained), tuple(leaves.data), target, has_aux)
+    key: Any = (leaves.form, tuple(leaves.names), tuple(leaves.explained), tuple(leaves.data), target, has_aux)
     try:
+        key = (*key, tuple(_reads(fn)), tuple(_reads(target)))
         hash(key)
         return _functions.setdefault(fn, {}), key
-    except TypeError:
+    except (TypeError, ValueError):  # not hashable; a closure that is not filled yet
         return {}, None
+
+
+def _reads(fn: Any) -> Iterator[tuple[Any, ...]]:
+    """What a function reads that may change: the contents of its closure, plain values among its globals and attributes."""
+    if isinstance(fn, functools.partial):
+        yield from _reads(fn.func)
+        return
+    code = getattr(fn, "__code__", None)
+    for cell in getattr(fn, "__closure__", None) or ():
+        content = cell.cell_contents  # a function is not kept: it may be this one
+        yield type(content), weakref.ref(content) if isinstance(content, types.FunctionType) else content
+    named = getattr(fn, "__globals__", {})
+    found = {name: named[name] for name in getattr(code, "co_names", ()) if name in named}
+    found |= getattr(getattr(fn, "__self__", fn), "__dict__", {})
+    yield from ((name, type(value), value) for name, value in found.items() if isinstance(value, _PLAIN))
 
 
 def _captures(program: Program) -> bool:

@@ -69,6 +69,29 @@ def test_a_function_that_closes_over_arrays_is_traced_each_time():
     np.testing.assert_allclose(explain(X), 2 * first)
 
 
+TEMPERATURE = 1.0
+
+
+class Scaled:
+    factor = 1.0
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+def test_numbers_that_a_function_reads_are_compared(monkeypatch):
+    factor, scaled = 1.0, Scaled()
+    by_closure = rp.explain(lambda x: x * factor, None)
+    by_global = rp.explain(lambda x: x * TEMPERATURE, None)
+    by_partial = rp.explain(functools.partial(lambda y, x: y * x * TEMPERATURE, 1.0), None)
+    by_attribute, by_method = rp.explain(scaled, None), rp.explain(scaled.__call__, None)
+    for value in (1.0, 2.0, 3.0):
+        factor = scaled.factor = value
+        monkeypatch.setitem(globals(), "TEMPERATURE", value)
+        for explain in (by_closure, by_global, by_partial, by_attribute, by_method):
+            np.testing.assert_array_equal(explain(X), value * X)
+
+
 def test_the_context_counts():
     def fn(x):
         return x * jax.lax.axis_size("examples")
@@ -79,12 +102,11 @@ def test_the_context_counts():
 
 
 def test_tokens_and_auxiliary_outputs_are_remembered_too():
-    runs = []
-
     def fn(table, tokens, label):
-        runs.append(label)
+        fn.runs.append(label)
         return table[tokens].sum(), (label, tokens)
 
+    fn.runs = []
     explain = rp.explain(fn, None, argnums=1, has_aux=True)
     table = jnp.arange(6.0).reshape(3, 2)
     for tokens in ([0, 2], [1, 1]):
@@ -92,7 +114,7 @@ def test_tokens_and_auxiliary_outputs_are_remembered_too():
             relevance, (name, given) = explain(table, jnp.array(tokens), label)
             np.testing.assert_allclose(relevance, table[jnp.array(tokens)].sum(1))
             assert (name, given.tolist()) == (label, tokens)
-    assert runs == ["a", "b"]
+    assert fn.runs == ["a", "b"]
 
 
 def test_traces_are_forgotten_with_the_function():
