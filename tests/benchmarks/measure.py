@@ -17,8 +17,8 @@ def measure(problem, presets, repeats, torch_gradient=None, peers=None):
     """Yield a row, a dict, for the gradient, for each preset, and for many targets at once.
 
     `torch_gradient()` runs torch's gradient, None without torch; `peers` gives by name what a peer offers: for each preset a
-    function that prepares a run of it. Runs are repeated in turns, so that all of a row see the same machine; hooks are in
-    place and programs compiled before. A row has
+    function that prepares a run of it. Runs are repeated in turns, ours and then torch's, so that those of a row see the
+    same machine; hooks are in place and programs compiled before. A row has
 
     - `preset`, and `error` and nothing else where ours fails
     - `convolutions`, `dots`, `flops`, `memory` (bytes beside arguments and results) and `compilation` (seconds) of our
@@ -83,7 +83,13 @@ def _gradient(fn, target):
 
 
 def _turns(runs, repeats):
-    return dict(zip(runs, timed(list(runs.values()), repeats), strict=True))
+    """The seconds of all runs: JAX's in turns, then torch's, whose threads keep cores busy for a while."""
+    found = {}
+    for group in (("ours", "gradient"), runs.keys() - {"ours", "gradient"}):
+        chosen = {name: run for name, run in runs.items() if name in group}
+        if chosen:
+            found |= dict(zip(chosen, timed(list(chosen.values()), repeats), strict=True))
+    return found
 
 
 def _row(preset, program, base, seconds, diff=None, notes=None):
