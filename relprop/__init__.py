@@ -1,6 +1,6 @@
 """relprop: layer-wise relevance propagation as a JAX function transformation."""
 
-from . import concepts, dataset, plot, pool, presets, text
+from . import concepts, dataset, maximization, plot, pool, presets, text
 from .audit import audit
 from .composite import Composite
 from .conditions import condition, start
@@ -11,11 +11,13 @@ from .errors import (
     RelevanceLossError,
     RelpropError,
     RuleError,
+    StoppedWarning,
     StoreError,
     TargetError,
     UnknownPrimitiveError,
     UnusedSelectorWarning,
 )
+from .maximization.ascent import Maximum, maximize
 from .plan import Plan
 from .registry import register
 from .relevances import LayerRelevance, relevances
@@ -51,6 +53,7 @@ __all__ = [
     "Identity",
     "LayerRelevance",
     "LocalResponse",
+    "Maximum",
     "NonFiniteRelevanceWarning",
     "Norm",
     "NotDifferentiableError",
@@ -66,6 +69,7 @@ __all__ = [
     "SignalTakeAll",
     "Similarity",
     "Stop",
+    "StoppedWarning",
     "StoreError",
     "TargetError",
     "Temperature",
@@ -86,6 +90,8 @@ __all__ = [
     "first",
     "kind",
     "last",
+    "maximization",
+    "maximize",
     "optional",
     "path",
     "plan",

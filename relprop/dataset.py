@@ -3,15 +3,13 @@
 Needs h5py, zarr and tqdm, each where it is used: ``pip install "relprop[dataset]"``.
 """
 
-import contextlib
 import dataclasses
 import json
-import sys
 import time
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,8 @@ import numpy as np
 
 from .errors import ArgumentError, NonFiniteRelevanceWarning, RelevanceLossError
 from .loader import Batch, Batches, Loader
-from .store import Store, open_store, require
+from .progress import bar
+from .store import Store, open_store
 
 __all__ = ["Batches", "Summary", "explain_dataset"]
 
@@ -130,7 +129,7 @@ def explain_dataset(
     resumed = store.rows
     try:
         if not store.complete:
-            with _bar(progress, out.name, resumed, loader.examples) as show:
+            with bar(progress, out.name, loader.examples, "examples", "dataset", resumed) as show:
                 _run(loader, compiled, store, non_finite, show)
             store.finish()
     finally:
@@ -266,14 +265,3 @@ def _plain(run: Any) -> bool:
         return len(json.dumps(run)) <= LONGEST
     except (TypeError, ValueError):
         return False
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool | None, name: str, done: int, total: int | None) -> Iterator[Callable[[int], Any]]:
-    """A progress bar, or nothing: gives the function to call with the number of new examples."""
-    if wanted or (wanted is None and sys.stderr.isatty()):
-        tqdm = require("tqdm", "the progress bar (progress=False leaves it out)").tqdm
-        with tqdm(desc=name, initial=done, total=total, unit=" examples", unit_scale=True, smoothing=0.1) as bar:
-            yield bar.update
-    else:
-        yield lambda count: None

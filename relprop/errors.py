@@ -39,3 +39,7 @@ class UnusedSelectorWarning(UserWarning):
 
 class NonFiniteRelevanceWarning(UserWarning):
     """The relevance holds NaN or infinity. Raised outside of `jit` only, where values can be looked at."""
+
+
+class StoppedWarning(UserWarning):
+    """A maximisation ended before its last step: it was interrupted, or a value was not finite."""

@@ -8,7 +8,7 @@ A `custom_vjp` is opened to its primal function: the backward pass that its auth
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -177,6 +177,22 @@ class Environment(dict[Value, Any]):
 def read(env: dict[Value, Any], value: Value):
     """The array that `value` has in `env`; constants stand for themselves."""
     return value.value if isinstance(value, Constant) else env[value]
+
+
+def hoisted(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """A function `(captured, *args)` that does what `function(*args)` does, and the arrays that that one closes over.
+
+    Under `jax.jit` these are arguments then, and not constants in the executable.
+    """
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    captured = list(traced.consts)
+    jaxpr = getattr(traced, "jaxpr", traced)
+    form = jax.tree.structure(shapes)
+
+    def run(captured, *args):
+        return form.unflatten(jax.core.eval_jaxpr(jaxpr, captured, *jax.tree.leaves(args)))
+
+    return run, captured
 
 
 def open_body(eqn: Equation, jaxpr) -> Program:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .errors import ArgumentError, StoreError
+from .progress import require
 
 FORMAT = 1
 IDENTITY = "relprop"  # the attribute of a complete store that says which run made it
@@ -253,7 +254,7 @@ class Hdf5Store(Store):
     GAP = BLOCK + ALIGNMENT
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
-        self.h5py = require("h5py", "writing HDF5")
+        self.h5py = require("h5py", "writing HDF5", "dataset")
         super().__init__(path, identity)
 
     @property
@@ -395,7 +396,7 @@ class ZarrStore(Store):
     suffixes = (".zarr",)
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
-        self.zarr = require("zarr", "writing zarr")
+        self.zarr = require("zarr", "writing zarr", "dataset")
         super().__init__(path, identity)
 
     @property
@@ -485,14 +486,6 @@ def remove(path: Path) -> None:
             shutil.rmtree(found)
         else:
             found.unlink(missing_ok=True)
-
-
-def require(name: str, purpose: str) -> Any:
-    """An optional package, or an error that says how to get it."""
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ImportError(f'{name} is not installed; {purpose} needs it: pip install "relprop[dataset]".') from error
 
 
 def _sync(file: Any) -> None:
