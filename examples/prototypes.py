@@ -10,8 +10,8 @@ networks", section 3) on MNIST, or on scikit-learn's digits without a folder wit
     expert  max log p(class | x) + strength log p(x), with a Gaussian RBM that is trained on the digits
     code    max log p(class | g(z)) - strength ||z||^2, with the decoder g of a variational autoencoder
 
-It trains two networks (one is explained, the other one judges), the expert and the autoencoder, keeps them with --models, prints
-for each prototype the probability of its class under both networks, log p(x) and the distance to the nearest digit of the
+It trains two networks (one is explained, the other one judges), the expert and the autoencoder, keeps them with --models,
+prints for each prototype the probability of its class under both networks, log p(x) and the distance to the nearest digit of the
 training data, and draws one picture of three rows.
 """
 
@@ -112,18 +112,22 @@ def train(images, labels, models, short):
     size, shape = images.shape[1], images.shape[1:]
     latents = LATENTS[size]
 
-    def timed(name, make):
+    def timed(name, make, form):
         begun = time.perf_counter()
-        made = remembered(models and models / f"{name}.npz", make)
-        print(f"{name:>12}: {time.perf_counter() - begun:5.1f} s")
+        made = remembered(models and models / f"{name}.npz", make, form)
+        print(f"{name:>12}: {time.perf_counter() - begun:5.1f} s", flush=True)
         return made
 
+    key = jax.random.key(2)
+    form = jax.eval_shape(lambda: Classifier().init(key, images[:1]))
     classifiers = [
-        timed(f"network {seed}", lambda seed=seed: train_classifier(images, labels, seed, short=short)) for seed in (0, 1)
+        timed(f"network {seed}", lambda seed=seed: train_classifier(images, labels, seed, short), form) for seed in (0, 1)
     ]
-    rbm = {"steps": 100} if short else {}
-    expert = timed("expert", lambda: rp.maximization.fit_rbm(images, key=jax.random.key(2), **rbm))
-    decoder = timed("autoencoder", lambda: train_vae(images, 3, latents, short=short)[1])
+    options = {"steps": 300} if short else {}
+    form = jax.eval_shape(lambda: rp.maximization.fit_rbm(jnp.asarray(images[:2]), key=key, steps=1))
+    expert = timed("expert", lambda: rp.maximization.fit_rbm(images, key=key, **options), form)
+    form = jax.eval_shape(lambda: Decoder(shape).init(key, jnp.zeros((1, latents))))
+    decoder = timed("autoencoder", lambda: train_vae(images, 3, latents, short)[1], form)
     networks = [jax.jit(lambda x, params=params: Classifier().apply(params, x)) for params in classifiers]
     return networks, expert, lambda z: Decoder(shape).apply(decoder, z[None])[0], latents
 
