@@ -10,15 +10,15 @@ import optax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-STEPS = {"classifier": {28: 700, 8: 800}, "autoencoder": {28: 6000, 8: 3000}}  # by the size of the images
+STEPS = {"classifier": {28: 700, 8: 400}, "autoencoder": {28: 6000, 8: 2000}}  # by the size of the images
 BATCH = 128
 
 
 def load(folder: Path | None):
     """(images, labels) to train on, (images, labels) to test on; images (N, height, width, 1) in 0..1.
 
-    MNIST from a folder with mnist_train.npz and mnist_test.npz, each with x (N, 28, 28) in 0..255 and y (N,); without a folder
-    scikit-learn's digits, 8 x 8.
+    MNIST from a folder with mnist_train.npz and mnist_test.npz, each with x (N, 28, 28) in 0..255 and y (N,); without a
+    folder scikit-learn's digits, 8 x 8.
     """
     if folder is not None:
         parts = [np.load(folder / f"mnist_{name}.npz") for name in ("train", "test")]

@@ -11,8 +11,8 @@ networks", section 3) on MNIST, or on scikit-learn's digits without a folder wit
     code    max log p(class | g(z)) - strength ||z||^2, with the decoder g of a variational autoencoder
 
 It trains two networks (one is explained, the other one judges), the expert and the autoencoder, keeps them with --models,
-prints for each prototype the probability of its class under both networks, log p(x) and the distance to the nearest digit of the
-training data, and draws one picture of three rows.
+prints for each prototype the probability of its class under both networks, log p(x) and the distance to the nearest
+digit of the training data, and draws one picture of three rows.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import relprop as rp
 from relprop.maximization import L2, Code, Pixel
 
 LATENTS = {28: 16, 8: 8}  # dimensions of the code, by the size of the images
-STRENGTHS = {"simple": 0.02, "expert": 0.05, "code": 0.05}
+STRENGTHS = {"simple": 0.004, "expert": 0.002, "code": 0.01}
 
 
 def prototypes(classify, decode, expert, mean, latents, key, steps):

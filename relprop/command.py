@@ -22,8 +22,8 @@ from .composite import Composite, as_composite
 from .dataset import Batches, explain_dataset, fingerprint
 from .errors import ArgumentError, RelpropError
 from .loader import Loader
+from .progress import require
 from .rules.base import Graded, RelevanceRule, Rule
-from .store import require
 from .transform import plan, value_and_explain
 
 DESCRIPTION = """\
@@ -196,13 +196,13 @@ def _weights(text: str | None) -> tuple[Any, ...]:
         with _read(path) as arrays:
             return (_nested(dict(arrays)),)
     if path.suffix == ".safetensors":
-        safetensors = require("safetensors", "reading such weights")
+        safetensors = require("safetensors", "reading such weights", "dataset")
         try:
             return (_nested(importlib.import_module("safetensors.numpy").load_file(path)),)
         except safetensors.SafetensorError as error:
             raise ArgumentError(f"{path} cannot be read: {error}") from None
     if path.is_dir():
-        require("orbax", "reading a folder of weights")
+        require("orbax", "reading a folder of weights", "dataset")
         return (importlib.import_module("orbax.checkpoint").StandardCheckpointer().restore(path.absolute()),)
     raise ArgumentError(f"--weights {text}: expected FILE.npz, FILE.safetensors, the folder of a checkpoint or module:name.")
 

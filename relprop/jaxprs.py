@@ -190,7 +190,7 @@ def hoisted(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any
     form = jax.tree.structure(shapes)
 
     def run(captured, *args):
-        return form.unflatten(jax.core.eval_jaxpr(jaxpr, captured, *jax.tree.leaves(args)))
+        return jax.tree.unflatten(form, jax.core.eval_jaxpr(jaxpr, captured, *jax.tree.leaves(args)))
 
     return run, captured
 

@@ -139,7 +139,7 @@ def test_scores_are_values_and_priors():
 
 @pytest.mark.parametrize("chunk", [1, 7, 10, 64])
 def test_chunks_change_nothing(chunk):
-    noise = lambda key, x: x + 0.1 * jax.random.normal(key, x.shape)
+    noise = lambda key, x: x + 0.1 * jax.random.normal(key, x.shape)  # noqa: E731
     run = functools.partial(ascend, transforms=[noise], steps=23, key=jax.random.key(3))
     one, other = run(chunk=23), run(chunk=chunk)
     jax.tree.map(functools.partial(assert_allclose, rtol=1e-13), one, other)
@@ -189,7 +189,7 @@ def test_each_item_is_the_run_of_its_own():
         "projection": lambda i: lambda x: optax.projections.projection_box(x, -plus(i), 1.0),
     }
     items = jnp.arange(3)
-    transform = lambda i: lambda key, x: x + 0.01 * (plus(i)) * jax.random.normal(key, x.shape)
+    transform = lambda i: lambda key, x: x + 0.01 * (plus(i)) * jax.random.normal(key, x.shape)  # noqa: E731
     together = ascend(unit, each=items, transforms=[ForEach(transform)], **{k: ForEach(v) for k, v in options.items()})
     for i in range(3):
         made = {name: make(items[i]) for name, make in options.items()}
@@ -239,7 +239,7 @@ def test_the_best_restart_is_returned():
 
 
 def test_restarts_of_each_item():
-    one = lambda i: ascend(lambda x: unit(x, i), Pixel(jnp.zeros(5), 1.0), restarts=3)
+    one = lambda i: ascend(lambda x: unit(x, i), Pixel(jnp.zeros(5), 1.0), restarts=3)  # noqa: E731
     found = ascend(unit, Pixel(jnp.zeros(5), 1.0), restarts=3, each=jnp.arange(4))
     for i in range(4):
         jax.tree.map(functools.partial(assert_allclose, rtol=1e-10), jax.tree.map(lambda a, i=i: a[i], found), one(i))
@@ -254,7 +254,7 @@ def test_the_same_key_gives_the_same_result():
 
 
 def test_transforms_have_new_keys_at_each_step_and_the_prior_does_not_see_them():
-    shift = lambda key, x: x + jax.random.normal(key, ())
+    shift = lambda key, x: x + jax.random.normal(key, ())  # noqa: E731
     seen = ascend(jnp.sum, jnp.zeros(1), optax.sgd(0.0), steps=50, transforms=[shift, shift], log_prior=L2(1.0))
     assert len(np.unique(np.asarray(seen.trajectory))) == 50
     assert 1 < np.var(seen.trajectory) < 4  # two independent unit normals
@@ -396,7 +396,7 @@ def hlo(count):
     def objective(x, i):
         return jax.nn.log_softmax(jnp.tanh(x @ weights) @ weights)[i]
 
-    run = lambda items: ascend(objective, jnp.zeros(64, jnp.float32), steps=10, each=items)
+    run = lambda items: ascend(objective, jnp.zeros(64, jnp.float32), steps=10, each=items)  # noqa: E731
     return jax.jit(run).lower(jnp.arange(count)).compile().as_text()
 
 
@@ -408,7 +408,7 @@ def test_the_compiled_loop_has_no_transfer_to_the_host():
 
 def test_items_share_one_program():
     # as many products as for one item, only larger
-    dots = lambda text: len(re.findall(r"\bdot\(|custom-call.*matmul|__onednn", text))
+    dots = lambda text: len(re.findall(r"\bdot\(|custom-call.*matmul|__onednn", text))  # noqa: E731
     assert dots(hlo(1)) == dots(hlo(10)) > 0
 
 

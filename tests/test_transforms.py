@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.ndimage
 from jax.test_util import check_grads
@@ -73,12 +74,14 @@ def test_rotations_are_scipys():
     turned = np.asarray(jax.vmap(lambda key: rotate(40.0)(key, jnp.asarray(image)[..., None]))(KEYS))[..., 0]
     angles = []
     for each in turned:
-        rows, columns = (np.sum(each * np.arange(11.0)[shape]) / each.sum() - 5 for shape in (np.s_[:, None], np.s_[None, :]))
+        rows, columns = (
+            np.sum(each * np.arange(11.0)[shape]) / each.sum() - 5 for shape in (np.s_[:, None], np.s_[None, :])
+        )
         angles.append(np.degrees(np.arctan2(rows, columns)))
     assert max(np.abs(angles)) < 45
     assert max(angles) > 20
     assert min(angles) < -20
-    assert min(np.abs(np.abs(angles) - 0)) < 5
+    assert min(np.abs(angles)) < 5
     expected = scipy.ndimage.rotate(image, -angles[0], reshape=False, order=1, mode="nearest")
     assert_allclose(turned[0], expected, atol=0.1)
 
@@ -95,13 +98,9 @@ def test_shapes_and_dtypes(name, dtype):
 
 @pytest.mark.parametrize("name", ["jitter", "scale", "rotate", "crop"])
 def test_images_of_a_batch_are_transformed_in_different_ways_and_alike_for_the_same_key(name):
-    if name == "jitter":  # the padding is the same, the place is not
-        found = jitter(3)(KEYS[0], jnp.stack([X] * 8))
-    else:
-        found = ALL[name](KEYS[0], jnp.stack([X] * 8))
+    found = ALL[name](KEYS[0], jnp.stack([X] * 8))
     assert len(np.unique(np.asarray(found).reshape(8, -1), axis=0)) > 2
-    if name != "jitter":
-        assert_array_equal(found, ALL[name](KEYS[0], jnp.stack([X] * 8)))
+    assert_array_equal(found, ALL[name](KEYS[0], jnp.stack([X] * 8)))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -114,8 +113,6 @@ def test_lucids_sequence_finds_what_is_large_rather_than_fine():
     fine = jnp.where((jnp.arange(32)[:, None] + jnp.arange(32)[None, :]) % 2 == 0, 1.0, -1.0)[..., None]
     coarse = jnp.where(jnp.arange(32) < 16, 1.0, -1.0)[:, None, None] * jnp.ones((1, 32, 1))
     objective = lambda x: jnp.sum(x[12:-12, 12:-12] * (fine + coarse)) if len(x) > 32 else jnp.sum(x * (fine + coarse))  # noqa: E731
-    import optax
-
     options = {"optimizer": optax.sgd(0.01), "steps": 30}
     plain = rp.maximize(objective, jnp.zeros((32, 32, 1)), **options).input
     robust = rp.maximize(objective, jnp.zeros((32, 32, 1)), transforms=lucid(0.0), **options).input

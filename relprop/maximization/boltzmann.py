@@ -73,8 +73,8 @@ class GaussianRBM:
             temperatures: steps on the way.
 
         Returns:
-            The estimate, and its standard error; 0 where it is exact. The estimate of the logarithm is too low rather than too
-            high, by more where chains differ much.
+            The estimate, and its standard error; 0 where it is exact. The estimate of the logarithm is too low rather than
+            too high, by more where chains differ much.
 
         Source:
             Neal: Annealed importance sampling, 2001; Salakhutdinov, Murray: On the quantitative analysis of deep belief
@@ -90,7 +90,9 @@ class GaussianRBM:
             logs = states @ self.bias.astype(reach.dtype) + jnp.square(states @ reach.T).sum(1) / 2
             return integral + jax.scipy.special.logsumexp(logs), jnp.zeros_like(integral)
         if key is None:
-            raise ArgumentError(f"With {hidden} hidden units the partition function is sampled: give a key, log_partition(key).")
+            raise ArgumentError(
+                f"With {hidden} hidden units the partition function is sampled: give a key, log_partition(key)."
+            )
         logs = _anneal(self, key, chains, temperatures) + integral + hidden * math.log(2)
         estimate = jax.scipy.special.logsumexp(logs) - math.log(chains)
         relative = jnp.exp(logs - estimate)
@@ -132,8 +134,8 @@ def fit_rbm(
 ) -> GaussianRBM:
     """Train a Gaussian RBM by persistent contrastive divergence.
 
-    The likelihood's gradient is the mean of that of log p over the data, minus its mean over the model; the latter is taken over
-    chains of Gibbs sampling that go on from step to step. Inputs are whitened first: there the precision is diagonal, and
+    The likelihood's gradient is the mean of that of log p over the data, minus its mean over the model; the latter is
+    taken over chains of Gibbs sampling that go on from step to step. Inputs are whitened first: there the precision is diagonal, and
     begins as that of the Gaussian with the covariance of the data, so that hidden units learn what that one leaves.
 
     Args:
@@ -166,8 +168,16 @@ def fit_rbm(
     """
     given, images = images, jnp.asarray(images)
     if not jnp.issubdtype(images.dtype, jnp.floating) or images.ndim < 2 or len(images) < 2:
-        raise ArgumentError(f"images are {images.dtype}{list(images.shape)}, but have to be floating-point (N, ...), N >= 2.")
-    for name, number in (("hidden", hidden), ("directions", directions), ("steps", steps), ("batch", batch), ("noise", noise)):
+        raise ArgumentError(
+            f"images are {images.dtype}{list(images.shape)}, but have to be floating-point (N, ...), N >= 2."
+        )
+    for name, number in (
+        ("hidden", hidden),
+        ("directions", directions),
+        ("steps", steps),
+        ("batch", batch),
+        ("noise", noise),
+    ):
         if not number > 0:
             raise ArgumentError(f"{name}={number} has to be above 0.")
     if not isinstance(given, jax.core.Tracer) and not np.isfinite(np.asarray(given)).all():
@@ -230,7 +240,8 @@ def _train(data, key, hidden, directions, noise, steps, batch, learning_rate):
         "log_precision": jnp.full(directions, math.log(2), dtype),
     }
     chains = jax.random.normal(first, (batch, directions), dtype)
-    (params, *_), _ = jax.lax.scan(step, (params, optimizer.init(params), chains), jax.random.split(later, steps))
+    state: Any = params, optimizer.init(params), chains
+    (params, *_), _ = jax.lax.scan(step, state, jax.random.split(later, steps))
     # w . (u - m) = (whiten w) . (x - mean - unwhiten m), and likewise u^T D u
     diagonal = jnp.ones(features, dtype).at[strong].set(jnp.exp(params["log_precision"]))
     precision = (whiten * diagonal[None]) @ whiten.T

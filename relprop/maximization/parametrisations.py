@@ -387,9 +387,12 @@ def noisy(tree: Any, noise: Any, key: jax.Array) -> Any:
     """A pytree of arrays with Gaussian noise of a standard deviation `noise`."""
     leaves, form = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    return form.unflatten(
-        leaf + jnp.asarray(noise, leaf.dtype) * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for leaf, key in zip(leaves, keys, strict=True)
+    return jax.tree.unflatten(
+        form,
+        [
+            leaf + jnp.asarray(noise, leaf.dtype) * jax.random.normal(key, leaf.shape, leaf.dtype)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ],
     )
 
 

@@ -40,9 +40,8 @@ class L2:
     centre: Any = 0.0
 
     def __call__(self, x: Any) -> jax.Array:
-        centre = self.centre
-        if jax.tree.structure(centre) != jax.tree.structure(x):
-            centre = jax.tree.map(lambda _: self.centre, x)
+        form: Any = jax.tree.structure(x)
+        centre = self.centre if form == jax.tree.structure(self.centre) else jax.tree.map(lambda _: self.centre, x)
 
         def distance(leaf, around):
             around = jnp.asarray(around, leaf.dtype)
@@ -54,7 +53,7 @@ class L2:
                 ) from None
             return jnp.square(leaf - around).sum()
 
-        squares = sum(jax.tree.leaves(jax.tree.map(distance, x, centre)))
+        squares: Any = sum(jax.tree.leaves(jax.tree.map(distance, x, centre)))
         return -jnp.asarray(self.strength, squares.dtype) * squares
 
 

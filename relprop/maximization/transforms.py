@@ -110,7 +110,7 @@ def rotate(degrees: float) -> Transform:
 def lucid(grey: float = 0.5) -> tuple[Transform, ...]:
     """The sequence that Lucid has by default: padding, jitter, scale, rotation, and jitter again.
 
-    For images of some hundred pixels; the size grows by 24. A network that takes one size only needs `crop(size)` at the end.
+    For images of some hundred pixels; the size grows by 24. A network that takes one size needs `crop(size)` at the end.
 
     Args:
         grey: what the image is padded with.
