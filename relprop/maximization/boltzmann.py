@@ -134,9 +134,9 @@ def fit_rbm(
 ) -> GaussianRBM:
     """Train a Gaussian RBM by persistent contrastive divergence.
 
-    The likelihood's gradient is the mean of that of log p over the data, minus its mean over the model; the latter is
-    taken over chains of Gibbs sampling that go on from step to step. Inputs are whitened first: there the precision is diagonal, and
-    begins as that of the Gaussian with the covariance of the data, so that hidden units learn what that one leaves.
+    The likelihood's gradient is the mean of that of log p over the data, minus its mean over the model; the latter is taken
+    over chains of Gibbs sampling that go on from step to step. Inputs are whitened first; there the precision is diagonal.
+    At the start the Gaussian and random hidden units have half of the variance each.
 
     Args:
         images: (N, ...), floating-point; N examples.
