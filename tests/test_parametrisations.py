@@ -254,7 +254,9 @@ def test_dgn_am_makes_the_steps_of_its_authors():
     code = np.clip(start, 0, high) * 0.99  # what is allowed at the start
     for i in range(10):
         gradient = A.T @ np.cos(A @ code)
-        code = code + (8.0 + (1e-10 - 8.0) * i / 10) / np.abs(gradient).mean() * gradient
+        rate = float(optax.linear_schedule(8.0, 1e-10, 10)(jnp.int32(i)))  # optax 0.2.5 rounds it to float32
+        assert_allclose(rate, 8.0 + (1e-10 - 8.0) * i / 10, rtol=1e-6)
+        code = code + rate / np.abs(gradient).mean() * gradient
         code = 0.99 * np.minimum(np.maximum(code, 0), high)
     assert_allclose(found.code, code, rtol=1e-10)
 
