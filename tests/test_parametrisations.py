@@ -246,19 +246,21 @@ def test_diversity_is_the_mean_cosine_of_pairs():
 # presets
 
 
-def test_dgn_am_makes_the_steps_of_its_authors():
+# optax 0.2.5 computes schedules in float32: 8 is exact there, what lies between 8 and 0 is not.
+@pytest.mark.parametrize(("last", "tolerance"), [(8.0, 1e-10), (1e-10, 1e-6)])
+def test_dgn_am_makes_the_steps_of_its_authors(last, tolerance):
     A = RNG.normal(size=(6, 4))
     start, high = RNG.uniform(0, 2, size=4), np.array([0.5, 1.0, 2.0, 3.0])
-    settings = dgn_am(lambda z: jnp.asarray(A) @ z, jnp.asarray(start), jnp.asarray(high), steps=10, noise=0.0)
+    settings = dgn_am(
+        lambda z: jnp.asarray(A) @ z, jnp.asarray(start), jnp.asarray(high), steps=10, noise=0.0, learning_rate=(8.0, last)
+    )
     found = rp.maximize(lambda x: jnp.sum(jnp.sin(x)), **settings)
     code = np.clip(start, 0, high) * 0.99  # what is allowed at the start
     for i in range(10):
         gradient = A.T @ np.cos(A @ code)
-        rate = float(optax.linear_schedule(8.0, 1e-10, 10)(jnp.int32(i)))  # optax 0.2.5 rounds it to float32
-        assert_allclose(rate, 8.0 + (1e-10 - 8.0) * i / 10, rtol=1e-6)
-        code = code + rate / np.abs(gradient).mean() * gradient
+        code = code + (8.0 + (last - 8.0) * i / 10) / np.abs(gradient).mean() * gradient
         code = 0.99 * np.minimum(np.maximum(code, 0), high)
-    assert_allclose(found.code, code, rtol=1e-10)
+    assert_allclose(found.code, code, rtol=tolerance)
 
 
 def test_gradients_of_zero_are_not_divided():
