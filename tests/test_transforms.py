@@ -14,22 +14,22 @@ from relprop.maximization.transforms import crop, jitter, lucid, pad, rotate, sc
 
 KEYS = jax.random.split(jax.random.key(0), 60)
 X = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 7, 2)))
-ALL = {
-    "jitter": jitter(2),
-    "scale": scale(0.8, 1.3),
-    "rotate": rotate(20.0),
-    "pad": pad(2, 0.5),
-    "crop": crop((4, 5)),
+ALL = {  # compiled, as `maximize` uses them
+    "jitter": jax.jit(jitter(2)),
+    "scale": jax.jit(scale(0.8, 1.3)),
+    "rotate": jax.jit(rotate(20.0)),
+    "pad": jax.jit(pad(2, 0.5)),
+    "crop": jax.jit(crop((4, 5))),
 }
 
 
 @pytest.mark.parametrize("transform", [jitter(0), scale(1.0, 1.0), rotate(0.0), pad(0), crop((6, 7))])
 def test_nothing_is_changed_by_transforms_that_do_nothing(transform):
-    assert_allclose(transform(KEYS[0], X), X, atol=1e-12)
+    assert_allclose(jax.jit(transform)(KEYS[0], X), X, atol=1e-12)
 
 
 def test_jitter_makes_all_shifts_and_repeats_the_border():
-    shifted = np.asarray(jax.vmap(lambda key: jitter(1)(key, X))(KEYS))
+    shifted = np.asarray(jax.jit(jax.vmap(lambda key: jitter(1)(key, X)))(KEYS))
     grown = np.pad(X, [(1, 1), (1, 1), (0, 0)], mode="edge")
     windows = {(i, j): grown[i : i + 6, j : j + 7] for i in range(3) for j in range(3)}
     found = [next(at for at, window in windows.items() if np.array_equal(window, image)) for image in shifted]
@@ -37,7 +37,7 @@ def test_jitter_makes_all_shifts_and_repeats_the_border():
 
 
 def test_crop_takes_windows_of_the_image():
-    cut = np.asarray(jax.vmap(lambda key: crop((4, 5))(key, X))(KEYS))
+    cut = np.asarray(jax.jit(jax.vmap(lambda key: crop((4, 5))(key, X)))(KEYS))
     windows = {(i, j): np.asarray(X)[i : i + 4, j : j + 5] for i in range(3) for j in range(3)}
     assert {next(at for at, window in windows.items() if np.array_equal(window, image)) for image in cut} == set(windows)
 
@@ -51,18 +51,18 @@ def test_pad():
 def test_scale_keeps_the_centre_of_a_ramp(factor):
     # a ramp that is enlarged is a flatter ramp; where the border is repeated it is flat
     ramp = jnp.broadcast_to(jnp.arange(9.0)[:, None, None] - 4, (9, 9, 1))
-    scaled = scale(factor, factor)(KEYS[0], ramp)
+    scaled = jax.jit(scale(factor, factor))(KEYS[0], ramp)
     assert_allclose(scaled[3:6, 4, 0], np.array([-1, 0, 1]) / factor, atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 1.5])
 def test_a_constant_image_stays_constant_under_scale(factor):
-    assert_allclose(scale(factor, factor)(KEYS[0], jnp.full((8, 9, 1), 0.7)), 0.7, rtol=1e-6)
+    assert_allclose(jax.jit(scale(factor, factor))(KEYS[0], jnp.full((8, 9, 1), 0.7)), 0.7, rtol=1e-6)
 
 
 def test_factors_lie_between_the_bounds():
     ramp = jnp.broadcast_to(jnp.arange(9.0)[:, None, None] - 4, (9, 9, 1))
-    steps = jax.vmap(lambda key: scale(1.0, 2.0)(key, ramp)[5, 4, 0])(KEYS)
+    steps = jax.jit(jax.vmap(lambda key: scale(1.0, 2.0)(key, ramp)[5, 4, 0]))(KEYS)
     assert (steps >= 0.5 - 1e-9).all()
     assert (steps <= 1 + 1e-9).all()
     assert steps.max() - steps.min() > 0.3
@@ -71,7 +71,7 @@ def test_factors_lie_between_the_bounds():
 def test_rotations_are_scipys():
     image = np.zeros((11, 11))
     image[5, 8] = 1.0  # to the right of the centre
-    turned = np.asarray(jax.vmap(lambda key: rotate(40.0)(key, jnp.asarray(image)[..., None]))(KEYS))[..., 0]
+    turned = np.asarray(jax.jit(jax.vmap(lambda key: rotate(40.0)(key, jnp.asarray(image)[..., None])))(KEYS))[..., 0]
     angles = []
     for each in turned:
         rows, columns = (
@@ -86,11 +86,42 @@ def test_rotations_are_scipys():
     assert_allclose(turned[0], expected, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_rotations_are_scipys_at_every_pixel(dtype):
+    for key in KEYS[:2]:
+        turned = np.asarray(jax.jit(rotate(40.0))(key, X.astype(dtype)), np.float64)
+        angle = 80 * float(jax.random.uniform(key, (), jnp.float32)) - 40
+        expected = scipy.ndimage.rotate(X, angle, axes=(1, 0), reshape=False, order=1, mode="nearest")
+        assert_allclose(turned, expected, atol=1e-9 if dtype == jnp.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["scale", "rotate"])
+def test_coarse_dtypes_lose_digits_but_misplace_no_pixel(name):
+    # coordinates up to 300 have no exact bfloat16: computed in it, the ramp is off by five pixels
+    ramp = jnp.broadcast_to(jnp.linspace(0, 1, 300)[:, None, None], (300, 3, 1))
+    transform = jax.jit({"scale": scale(0.9, 0.9), "rotate": rotate(1.0)}[name])
+    exact, coarse = transform(KEYS[0], ramp), transform(KEYS[0], ramp.astype(jnp.bfloat16))
+    assert_allclose(np.asarray(coarse, np.float64), exact, atol=2**-8)
+
+
+@pytest.mark.parametrize("name", ["jitter", "scale", "rotate", "crop"])
+def test_a_key_draws_the_same_in_every_dtype(name):
+    transform = ALL[name]
+    for key in KEYS[:4]:
+        assert_allclose(transform(key, X.astype(jnp.float32)), np.asarray(transform(key, X), np.float32), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["jitter", "crop"])
+def test_the_transpose_keeps_the_sum(name):
+    found, back = jax.vjp(lambda x: ALL[name](KEYS[0], x), X)
+    assert_allclose(back(jnp.ones_like(found))[0].sum(), found.size)
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 def test_shapes_and_dtypes(name, dtype):
     shape = {"pad": (10, 11, 2), "crop": (4, 5, 2)}.get(name, X.shape)
-    found = jax.jit(ALL[name])(KEYS[0], jnp.broadcast_to(X, (2, 3, *X.shape)).astype(dtype))
+    found = ALL[name](KEYS[0], jnp.broadcast_to(X, (2, 3, *X.shape)).astype(dtype))
     assert found.shape == (2, 3, *shape)
     assert found.dtype == dtype
     assert jnp.isfinite(found).all()
@@ -123,9 +154,15 @@ def test_lucids_sequence_finds_what_is_large_rather_than_fine():
 ERRORS = {
     "jitter: negative": (lambda: jitter(-1), "pixels=-1 has to be an integer, 0 or more"),
     "pad: fraction": (lambda: pad(1.5), r"pixels=1\.5"),
-    "crop: nothing": (lambda: crop(0), "size=0 has to be positive"),
+    "pad: mode": (lambda: pad(2, "egde"), "mode='egde' has to be a number or one of 'edge'"),
+    "crop: nothing": (lambda: crop(0), "size=0 has to be a positive integer"),
+    "crop: fraction": (lambda: crop((2.5, 3)), "has to be a positive integer"),
+    "crop: three": (lambda: crop((2, 3, 4)), "has 3 numbers for 2 axes"),
     "crop: too large": (lambda: crop(8)(KEYS[0], X), "8 x 8 does not fit into an image of 6 x 7"),
     "scale: order": (lambda: scale(2.0, 1.0), r"low=2\.0 and high=1\.0"),
+    "scale: infinite": (lambda: scale(1.0, float("inf")), "positive and finite"),
+    "scale: integers": (lambda: scale(1.0, 2.0)(KEYS[0], jnp.ones((4, 4, 1), int)), "scale takes images of floating-point"),
+    "rotate: integers": (lambda: rotate(5.0)(KEYS[0], jnp.ones((4, 4, 1), int)), "rotate takes images of floating-point"),
     "scale: zero": (lambda: scale(0.0, 1.0), "have to be positive"),
     "rotate: negative": (lambda: rotate(-5.0), r"degrees=-5\.0"),
     "an image without channels": (lambda: scale(1.0, 2.0)(KEYS[0], X[..., 0]), r"not the shape \(6, 7\)"),
