@@ -20,8 +20,9 @@ KEY = jax.random.key(0)
 
 
 def machine(hidden, features, scale=1.0):
-    root = 0.3 * RNG.normal(size=(features, features))
-    weights, bias, mean = (RNG.normal(size=shape) for shape in ((hidden, features), hidden, features))
+    rng = np.random.default_rng(hidden)  # its own: machines do not depend on which tests ran before
+    root = 0.3 * rng.normal(size=(features, features))
+    weights, bias, mean = (rng.normal(size=shape) for shape in ((hidden, features), hidden, features))
     return GaussianRBM(*map(jnp.asarray, (scale * weights, bias, root @ root.T + np.eye(features), mean)))
 
 
@@ -134,6 +135,13 @@ def test_the_same_key_gives_the_same_machine_and_single_precision_is_kept():
     assert one.precision.shape == (64, 64)
 
 
+def test_half_precision_is_fitted_in_single():
+    images = digits()[0].astype(jnp.bfloat16)
+    rbm = fit_rbm(images, 4, key=KEY, steps=5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rbm)} == {jnp.dtype(jnp.float32)}
+    assert rbm.sample(KEY, 3, steps=2, start=images[:3]).dtype == jnp.float32
+
+
 def test_it_is_a_prior():
     found = rp.maximize(lambda x: 0.0 * x.sum(), fitted().mean, steps=60, log_prior=fitted(), optimizer=optax.sgd(0.002))
     assert (jnp.diff(found.scores) > 0).all()
@@ -141,6 +149,11 @@ def test_it_is_a_prior():
 
 ERRORS = {
     "another shape": (lambda: RBM(jnp.ones((2, 4))), r"shape \(5,\), but is given \(2, 4\)"),
+    "integer input": (lambda: RBM(jnp.ones(5, int)), "floating-point examples, but is given int64"),
+    "chains": (lambda: machine(17, 2).log_partition(KEY, chains=1), "chains=1 has to be 2 at least"),
+    "temperatures": (lambda: machine(17, 2).log_partition(KEY, temperatures=0), "temperatures=0 has to be 1 at least"),
+    "steps": (lambda: RBM.sample(KEY, 3, steps=-1), "steps=-1 has to be 0 at least"),
+    "rate": (lambda: fit_rbm(X, key=KEY, learning_rate=-1.0), r"learning_rate=-1\.0 has to be above 0"),
     "no key": (lambda: machine(17, 2).log_partition(), "17 hidden units.*give a key"),
     "start": (lambda: RBM.sample(KEY, 3, start=X), r"start holds \(7,\) examples, but count=3"),
     "integers": (lambda: fit_rbm(jnp.ones((4, 2), int), key=KEY), r"int64\[4, 2\].*floating-point"),

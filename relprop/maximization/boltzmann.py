@@ -87,8 +87,11 @@ class GaussianRBM:
         reach = jax.scipy.linalg.solve_triangular(root, self.weights.T, lower=True)  # W Sigma W^T = reach^T reach
         if hidden <= EXACT:
             states = jnp.asarray(np.array(list(itertools.product([0.0, 1.0], repeat=hidden))), reach.dtype)
-            logs = states @ self.bias.astype(reach.dtype) + jnp.square(states @ reach.T).sum(1) / 2
+            logs = states @ self.bias.astype(reach.dtype) + ((states @ (reach.T @ reach)) * states).sum(1) / 2
             return integral + jax.scipy.special.logsumexp(logs), jnp.zeros_like(integral)
+        for name, number, least in (("chains", chains, 2), ("temperatures", temperatures, 1)):
+            if number < least:
+                raise ArgumentError(f"{name}={number} has to be {least} at least: fewer leave no estimate of the error.")
         if key is None:
             raise ArgumentError(
                 f"With {hidden} hidden units the partition function is sampled: give a key, log_partition(key)."
@@ -107,14 +110,22 @@ class GaussianRBM:
             steps: of each: all hidden units are drawn given the input, then the input given these.
             start: examples (count, *mean.shape) to start from; by default the hidden units are drawn with probability 1/2.
         """
-        given = None if start is None else self._flat(jnp.asarray(start))
+        for name, number in (("count", count), ("steps", steps)):
+            if number < 0:
+                raise ArgumentError(f"{name}={number} has to be 0 at least.")
+        given = None if start is None else self._flat(start).astype(self.precision.dtype)
         if given is not None and given.shape[:-1] != (count,):
             raise ArgumentError(f"start holds {given.shape[:-1]} examples, but count={count}.")
         return _gibbs(self, key, given, count, steps)
 
     def _flat(self, x: jax.Array) -> jax.Array:
         """Examples as vectors (..., features), counted from the mean."""
-        shape = self.mean.shape
+        x, shape = jnp.asarray(x), self.mean.shape
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ArgumentError(
+                f"The machine is of real floating-point examples, but is given {x.dtype}: convert them, and scale them as "
+                "the images that it was fitted to."
+            )
         batch = x.shape[: x.ndim - len(shape)]
         if x.shape[len(batch) :] != shape or x.ndim < len(shape):
             raise ArgumentError(f"The machine is of examples of the shape {shape}, but is given {x.shape}.")
@@ -177,12 +188,14 @@ def fit_rbm(
         ("steps", steps),
         ("batch", batch),
         ("noise", noise),
+        ("learning_rate", learning_rate),
     ):
-        if not number > 0:
-            raise ArgumentError(f"{name}={number} has to be above 0.")
+        if not 0 < number < math.inf:
+            raise ArgumentError(f"{name}={number} has to be above 0{'' if number <= 0 else ', and finite'}.")
     if not isinstance(given, jax.core.Tracer) and not np.isfinite(np.asarray(given)).all():
         raise ArgumentError("images are not finite: an expert on NaN or infinity would learn nothing else.")
     flat = images.reshape(len(images), -1)
+    flat = flat.astype(np.promote_types(flat.dtype, np.float32))  # half precision has no eigenvectors
     directions = min(directions, flat.shape[1])
     weights, bias, precision, mean = _train(flat, key, hidden, directions, noise, steps, batch, learning_rate)
     return GaussianRBM(weights, bias, precision, mean.reshape(images.shape[1:]))
