@@ -31,6 +31,7 @@ import relprop as rp
 from relprop.maximization import L2, Code, Pixel
 
 LATENTS = {28: 16, 8: 8}  # dimensions of the code, by the size of the images
+NOISE = 0.15  # standard deviation of what is added to digits for the expert
 STRENGTHS = {"simple": 0.004, "expert": 0.002, "code": 0.01}
 
 
@@ -58,13 +59,28 @@ def prototypes(classify, decode, expert, mean, latents, key, steps):
     }
 
 
+def rate(expert, images, test_images, key, temperatures):
+    """Print how likely unseen digits are under the expert and under a Gaussian; return its log-partition function.
+
+    Both are of digits with noise, as the expert was trained on: without it pixels that never change have no density.
+    """
+    noisy = jnp.asarray(test_images[:2000]) + NOISE * jax.random.normal(key, test_images[:2000].shape)
+    constant, error = expert.log_partition(key, chains=200, temperatures=temperatures)
+    likelihood = (expert(noisy) - constant).mean()
+    gaussian = rp.maximization.Gaussian.fit(images, NOISE)(noisy).mean()
+    print(
+        f"log-likelihood of test digits: expert {likelihood:.1f} (standard error {error:.2f}), Gaussian {gaussian:.1f} nats"
+    )
+    return constant, likelihood, gaussian
+
+
 def nearest(x, images):
     """The distance of each x to the nearest image, in the units of a pixel."""
     flat = images.reshape(len(images), -1)
     return np.array([np.sqrt(((flat - one.reshape(1, -1)) ** 2).sum(1).min()) for one in np.asarray(x)])
 
 
-def judge(found, networks, expert, images):
+def judge(found, networks, log_density, images):
     """For each way a table with a row for each digit: both probabilities, log p(x), the distance to the nearest digit."""
     tables = {}
     for name, each in found.items():
@@ -74,7 +90,7 @@ def judge(found, networks, expert, images):
             "p(class)": probabilities[0],
             "p by second": probabilities[1],
             "right by second": right,
-            "log p(x)": np.asarray(expert(each.input)),
+            "log p(x)": np.asarray(log_density(each.input)),
             "distance": nearest(each.input, images),
         }
     return tables
@@ -107,6 +123,15 @@ def draw(found, tables):
     return figure
 
 
+def draw_samples(expert, key):
+    """One picture of what the expert dreams of: Gibbs sampling from random hidden units, 1000 steps."""
+    figure = Figure(figsize=(11, 2.4), layout="constrained")
+    for ax, image in zip(figure.subplots(2, 10).ravel(), expert.sample(key, 20), strict=True):
+        ax.imshow(image[..., 0], cmap="gray", vmin=0, vmax=1)
+        ax.set_axis_off()
+    return figure
+
+
 def train(images, labels, models, short):
     """Two classifiers, an expert, a decoder: functions of images, and of codes; and the number of dimensions of a code."""
     size, shape = images.shape[1], images.shape[1:]
@@ -125,7 +150,7 @@ def train(images, labels, models, short):
     ]
     options = {"steps": 300} if short else {}
     form = jax.eval_shape(lambda: rp.maximization.fit_rbm(jnp.asarray(images[:2]), key=key, steps=1))
-    expert = timed("expert", lambda: rp.maximization.fit_rbm(images, key=key, **options), form)
+    expert = timed("expert", lambda: rp.maximization.fit_rbm(images, key=key, noise=NOISE, **options), form)
     form = jax.eval_shape(lambda: Decoder(shape).init(key, jnp.zeros((1, latents))))
     decoder = timed("autoencoder", lambda: train_vae(images, 3, latents, short)[1], form)
     networks = [jax.jit(lambda x, params=params: Classifier().apply(params, x)) for params in classifiers]
@@ -138,6 +163,7 @@ def main(arguments=None):
     parser.add_argument("--mnist", type=Path, help="a folder with mnist_train.npz and mnist_test.npz: x (N, 28, 28), y (N,)")
     parser.add_argument("--models", type=Path, help="a folder that keeps what was trained, to be loaded the next time")
     parser.add_argument("--out", type=Path, default=Path("prototypes.png"), help="the picture to write")
+    parser.add_argument("--samples", type=Path, help="a second picture to write: samples of the expert")
     parser.add_argument("--short", action="store_true", help="train for a moment only")
     arguments = parser.parse_args(arguments)
 
@@ -147,16 +173,22 @@ def main(arguments=None):
         right = [np.argmax(classify(x), -1) == y for x, y in zip(*map(batches, (test_images, test_labels)), strict=True)]
         print(f"network {i}: test accuracy {np.concatenate(right).mean():.2%}")
 
+    key = jax.random.key(4)
+    constant, *likelihoods = rate(expert, images, test_images, key, 100 if arguments.short else 1000)
+
     begun = time.perf_counter()
     steps = 50 if arguments.short else 400
     mean = jnp.asarray(images.mean(0))
-    found = prototypes(networks[0], decode, expert, mean, latents, jax.random.key(4), steps)
+    found = prototypes(networks[0], decode, expert, mean, latents, key, steps)
     print(f"prototypes: {time.perf_counter() - begun:.1f} s")
-    tables = judge(found, networks, expert, images)
+    tables = judge(found, networks, lambda x: expert(x) - constant, images)
     show(tables)
     draw(found, tables).savefig(arguments.out, dpi=120)
     print(f"\nprototypes: {arguments.out.resolve()}")
-    return tables
+    if arguments.samples is not None:
+        draw_samples(expert, key).savefig(arguments.samples, dpi=120)
+        print(f"samples of the expert: {arguments.samples.resolve()}")
+    return tables, likelihoods
 
 
 def batches(array, size=1000):

@@ -148,6 +148,7 @@ def test_it_is_a_prior():
 
 
 ERRORS = {
+    "fields": (lambda: GaussianRBM(RBM.weights, RBM.bias[:1], RBM.precision, RBM.mean)(X), r"do not belong together"),
     "another shape": (lambda: RBM(jnp.ones((2, 4))), r"shape \(5,\), but is given \(2, 4\)"),
     "integer input": (lambda: RBM(jnp.ones(5, int)), "floating-point examples, but is given int64"),
     "chains": (lambda: machine(17, 2).log_partition(KEY, chains=1), "chains=1 has to be 2 at least"),

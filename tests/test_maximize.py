@@ -350,6 +350,7 @@ ERRORS = {
     "no prior": (lambda: ascend(log_prior=[L2(), 2.0]), r"log_prior: 2\.0 is not a function"),
     "integers": (lambda: ascend(parametrisation=jnp.arange(3)), r"holds int64.*has to be floating-point"),
     "nothing": (lambda: ascend(parametrisation={}), r"holds no arrays"),
+    "a number as key": (lambda: ascend(key=3), r"key=3 is a number.*jax\.random\.key\(3\)"),
     "no steps": (lambda: ascend(steps=0), r"steps=0 has to be an integer, 1 at least"),
     "steps that are no integer": (lambda: ascend(steps=1.5), r"steps=1\.5"),
     "no restarts": (lambda: ascend(restarts=0), r"restarts=0"),
@@ -382,12 +383,27 @@ def test_errors_teach(name):
         call()
 
 
+def test_an_error_of_the_objective_says_what_it_was_called_with():
+    with pytest.raises(TypeError, match="contracting dimensions") as failed:
+        ascend(lambda x, i: jnp.sum(x @ jnp.ones((4, 2))) + i, each=jnp.arange(2))
+    assert "called the objective with an input float64[5] and an item int64[]" in "".join(failed.value.__notes__)
+
+
 def test_an_unknown_option_is_an_error():
     with pytest.raises(TypeError, match="learning_rate"):
         ascend(learning_rate=0.1)
 
 
-# What is compiled
+# What is compiled, and derivatives of it
+
+
+def test_derivatives_of_the_maximiser():
+    # of -sum (x - 1)^2 - s x^2 it is 1 / (1 + s), and its derivative -1 / (1 + s)^2
+    def maximiser(s):
+        return ascend(lambda x: -jnp.sum((x - 1) ** 2), jnp.zeros(1), steps=200, log_prior=L2(s)).input[0]
+
+    assert_allclose(jax.grad(maximiser)(0.5), -1 / 1.5**2, rtol=1e-8)
+    assert_allclose(jax.jvp(maximiser, (0.5,), (1.0,)), (1 / 1.5, -1 / 1.5**2), rtol=1e-8)
 
 
 def hlo(count):

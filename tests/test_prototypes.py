@@ -22,9 +22,12 @@ def as_users_run_it():
 @pytest.mark.skipif(not MNIST.exists(), reason=f"MNIST is not in this repository, and not at {MNIST}")
 def test_prototypes_of_mnist(tmp_path, capsys):
     with as_users_run_it():
-        tables = prototypes.main(["--mnist", str(MNIST), "--out", str(tmp_path / "picture.png")])
+        pictures = [tmp_path / "prototypes.png", tmp_path / "samples.png"]
+        arguments = ["--mnist", str(MNIST), "--out", str(pictures[0]), "--samples", str(pictures[1])]
+        tables, (expert, gaussian) = prototypes.main(arguments)
     assert "right by second, of 10" in capsys.readouterr().out
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+    assert expert > gaussian + 10  # nats; the error of the estimate is below one
     for table in tables.values():
         assert (table["p(class)"] > 0.99).all()
     for name in ("expert", "code"):

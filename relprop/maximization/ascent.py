@@ -94,7 +94,7 @@ def maximize(
     optimizer: Any = ADAM,
     steps: int = 500,
     *,
-    key: jax.Array | None = None,
+    key: Any = None,
     log_prior: Any = None,
     transforms: Any = (),
     projection: Any = None,
@@ -162,6 +162,8 @@ def maximize(
         if not isinstance(number, int) or number < least:
             raise ArgumentError(f"{name}={number!r} has to be an integer, {least} at least.")
     key = jax.random.key(0) if key is None else key
+    if isinstance(key, int):
+        raise ArgumentError(f"key={key} is a number: make a key of it, jax.random.key({key}).")
     count = _count(each)
     problem = functools.partial(
         _Problem,
@@ -233,6 +235,7 @@ class _Problem:
             return thing
 
         self.objective = (lambda x: objective(x, item)) if takes_item else objective
+        self.besides = f" and an item {_shapes(item)}" if takes_item else ""
         self.parametrisation = as_parametrisation(made(parametrisation))
         self.optimizer = made(optimizer)
         if not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
@@ -257,7 +260,11 @@ class _Problem:
         x = jax.eval_shape(self.parametrisation.decode, code)
         for transform in self.transforms:
             x = jax.eval_shape(transform, key, x)
-        value = jax.eval_shape(self.objective, x)
+        try:
+            value = jax.eval_shape(self.objective, x)
+        except Exception as error:
+            error.add_note(f"relprop.maximize called the objective with an input {_shapes(x)}{self.besides}.")
+            raise
         leaves = jax.tree.leaves(value)
         if len(leaves) != 1 or jnp.shape(leaves[0]) != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
             given = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or repr(value)
@@ -433,4 +440,4 @@ def _form(leaf: Any) -> tuple[Any, ...]:
 
 
 def _shapes(tree: Any) -> str:
-    return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)).replace("'", "")
+    return str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)).replace("'", "")

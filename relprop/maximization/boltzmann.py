@@ -126,6 +126,13 @@ class GaussianRBM:
                 f"The machine is of real floating-point examples, but is given {x.dtype}: convert them, and scale them as "
                 "the images that it was fitted to."
             )
+        features = self.mean.size
+        fields = self.weights.shape, self.bias.shape, self.precision.shape
+        if fields != ((len(self.bias), features), (len(self.bias),), (features, features)):
+            raise ArgumentError(
+                f"The shapes of weights, bias and precision, {fields}, do not belong together with a mean of {features} "
+                "elements: they have to be (hidden, features), (hidden,) and (features, features)."
+            )
         batch = x.shape[: x.ndim - len(shape)]
         if x.shape[len(batch) :] != shape or x.ndim < len(shape):
             raise ArgumentError(f"The machine is of examples of the shape {shape}, but is given {x.shape}.")
