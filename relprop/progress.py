@@ -1,6 +1,7 @@
 """Progress bars, and packages that are needed for some purposes only."""
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +11,13 @@ from typing import Any
 def bar(
     wanted: bool | None, name: str, total: int | None, unit: str, extra: str, done: int = 0
 ) -> Iterator[Callable[[int], Any]]:
-    """A progress bar, or nothing: gives the function to call with the number of new units. None: if there is a terminal."""
-    if wanted or (wanted is None and sys.stderr.isatty()):
+    """A progress bar, or nothing: gives the function to call with the number of new units.
+
+    None: where there is a terminal, and tqdm.
+    """
+    if wanted is None:
+        wanted = sys.stderr is not None and sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+    if wanted:
         tqdm = require("tqdm", "the progress bar (progress=False leaves it out)", extra).tqdm
         with tqdm(desc=name, initial=done, total=total, unit=f" {unit}", unit_scale=True, smoothing=0.1) as shown:
             yield shown.update

@@ -172,6 +172,20 @@ def test_an_interrupt_returns_what_there_is():
     jax.tree.map(functools.partial(assert_allclose, rtol=1e-13), found, whole)
 
 
+def test_a_callback_may_return_anything_true():
+    assert ascend(chunk=5, callback=lambda found: found.value > -10.0).steps == 5
+    assert ascend(chunk=5, callback=lambda found: found.value > 10.0).steps == 20
+
+
+def test_there_is_no_bar_without_a_terminal_or_tqdm(monkeypatch, capfd):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ascend(steps=2)
+    monkeypatch.setattr("sys.stderr", None)
+    ascend(steps=2)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_bar_counts_the_steps(capfd):
     ascend(steps=30, progress=True, chunk=10)
     assert re.search(r"maximize.*30\.0/30\.0", capfd.readouterr().err)
@@ -283,6 +297,14 @@ def test_several_inputs_differ_under_diversity():
 # What goes wrong
 
 
+class Complex(rp.maximization.Parametrisation):
+    def init(self, key):
+        return jnp.zeros(2, complex)
+
+    def decode(self, code):
+        return code.real
+
+
 def falls_off(x):
     return jnp.sum(jnp.where(x > 2.5, jnp.nan, x))
 
@@ -332,6 +354,30 @@ def test_a_restart_that_is_not_finite_is_not_the_best():
     assert 0 < found.value < 2.5
 
 
+def test_of_restarts_that_all_stopped_the_best_finite_state_is_returned():
+    run = functools.partial(ascend, falls_off, optimizer=optax.sgd(0.3))
+    keys = jax.random.split(jax.random.key(0), 4)
+    with pytest.warns(rp.StoppedWarning):
+        alone = [run(parametrisation=Pixel(jnp.full(1, 2.0), 1.0), key=key).value for key in keys]
+    with pytest.warns(rp.StoppedWarning, match=r"4 of 4 runs.*last finite state"):
+        found = run(parametrisation=Pixel(jnp.full(1, 2.0), 1.0), key=jax.random.key(0), restarts=4)
+    assert_allclose(found.value, np.nanmax(alone), rtol=1e-12)
+    assert np.isnan(alone).any()
+
+
+def test_an_interrupt_is_said_beside_what_is_not_finite():
+    def callback(found):
+        raise KeyboardInterrupt
+
+    with pytest.warns(rp.StoppedWarning, match=r"interrupted after 5 of 20.*not finite"):
+        ascend(lambda x, i: jnp.where(i == 0, jnp.nan, 1.0) * x.sum(), each=jnp.arange(2), chunk=5, callback=callback)
+
+
+def test_nothing_is_nan_that_has_to_be_none():
+    with jax.debug_nans(True):
+        ascend(steps=23, chunk=10)
+
+
 def test_under_jit_nothing_is_said_but_it_is_there_to_see():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -344,13 +390,23 @@ def test_under_jit_nothing_is_said_but_it_is_there_to_see():
 ERRORS = {
     "a vector": (lambda: ascend(lambda x: W @ x), r"returns float64\[4\], but has to return one real number"),
     "an integer": (lambda: ascend(lambda x: jnp.argmax(x)), r"returns int64\[\]"),
-    "a pair": (lambda: ascend(lambda x: (x[0], x[1])), r"float64\[\], float64\[\], but has to return one real number"),
+    "a pair": (lambda: ascend(lambda x: (x[0], x[1])), r"\(float64\[\], float64\[\]\), but has to return one real number"),
     "no objective": (lambda: ascend(3.0), r"objective: 3\.0 is not a function"),
     "no optimiser": (lambda: ascend(optimizer=0.05), r"optimizer=0\.05 has to be an optax transformation"),
     "no prior": (lambda: ascend(log_prior=[L2(), 2.0]), r"log_prior: 2\.0 is not a function"),
     "integers": (lambda: ascend(parametrisation=jnp.arange(3)), r"holds int64.*has to be floating-point"),
     "nothing": (lambda: ascend(parametrisation={}), r"holds no arrays"),
     "a number as key": (lambda: ascend(key=3), r"key=3 is a number.*jax\.random\.key\(3\)"),
+    "a tuple of one": (lambda: ascend(lambda x: (x.sum(),)), r"but has to return one real number"),
+    "a callback that is no function": (lambda: ascend(callback=3), r"callback=3 is not a function"),
+    "a callback that returns a vector": (
+        lambda: ascend(callback=lambda found: found.input > 0),
+        r"bool\[5\].*one truth value",
+    ),
+    "a complex code": (
+        lambda: ascend(jnp.sum, Complex()),
+        r"code is complex128\[2\], but has to be real",
+    ),
     "no steps": (lambda: ascend(steps=0), r"steps=0 has to be an integer, 1 at least"),
     "steps that are no integer": (lambda: ascend(steps=1.5), r"steps=1\.5"),
     "no restarts": (lambda: ascend(restarts=0), r"restarts=0"),
@@ -386,7 +442,14 @@ def test_errors_teach(name):
 def test_an_error_of_the_objective_says_what_it_was_called_with():
     with pytest.raises(TypeError, match="contracting dimensions") as failed:
         ascend(lambda x, i: jnp.sum(x @ jnp.ones((4, 2))) + i, each=jnp.arange(2))
-    assert "called the objective with an input float64[5] and an item int64[]" in "".join(failed.value.__notes__)
+    assert "called the objective with float64[5] and the item int64[]" in "".join(failed.value.__notes__)
+    with pytest.raises(TypeError) as failed:
+        ascend(transforms=[lambda x: x])
+    assert "called the transform with float64[5]" in "".join(failed.value.__notes__)
+    crop = rp.maximization.transforms.crop(4)
+    with pytest.raises(TypeError) as failed:  # the value at the end is of the whole image
+        ascend(lambda x: x.reshape(-1) @ jnp.ones(16), jnp.zeros((6, 6, 1)), transforms=[crop])
+    assert "without transforms, so it has to take that, too" in "".join(failed.value.__notes__)
 
 
 def test_an_unknown_option_is_an_error():

@@ -123,9 +123,9 @@ def maximize(
             added: `L2`, `TotalVariation`, `Gaussian`, `GaussianRBM`, `Diversity`. It sees the input without transforms.
             One that returns several numbers counts with their sum.
         transforms: functions (key, x) -> x, applied one after another before the objective with a new key at each step.
-        projection: a function of the code, applied after each step, such as
+        projection: a function of the code, applied at the start and after each step, such as
             `lambda x: optax.projections.projection_box(x, 0.0, 1.0)`.
-        callback: called with a `Maximum` after each chunk, outside of the compiled loop; to return True ends the run.
+        callback: called with a `Maximum` after each chunk, outside of the compiled loop; what is true ends the run.
         each: a pytree of arrays with a common first axis, the items: everything is done for each of them at once, by `vmap`,
             with the same key. `ForEach` makes parametrisation, priors, optimiser, transforms, projection depend on the item.
         restarts: how many starts, from different keys; that of the highest score at its end is returned.
@@ -159,10 +159,10 @@ def maximize(
                [-1.,  1.]], dtype=float32)
     """
     for name, number, least in (("steps", steps, 1), ("restarts", restarts, 1), ("chunk", chunk, 1)):
-        if not isinstance(number, int) or number < least:
+        if not isinstance(number, int | np.integer) or number < least:
             raise ArgumentError(f"{name}={number!r} has to be an integer, {least} at least.")
     key = jax.random.key(0) if key is None else key
-    if isinstance(key, int):
+    if isinstance(key, int | np.integer):
         raise ArgumentError(f"key={key} is a number: make a key of it, jax.random.key({key}).")
     count = _count(each)
     problem = functools.partial(
@@ -175,6 +175,8 @@ def maximize(
         projection,
         each is not None,
     )
+    if callback is not None and not callable(callback):
+        raise ArgumentError(f"callback={callback!r} is not a function of a Maximum.")
     problem(_first(each)).check(key)
     lanes = _Lanes(problem, each, count, restarts)
     state = lanes.start(key)
@@ -202,24 +204,24 @@ def maximize(
         runs = compiled_ends(captured_by_ends, state, each)
         return runs, lanes.best(runs, traces)
 
-    reason = ""
+    reasons = []
     with bar(progress, "maximize", steps, "steps", "maximization") as show:
         try:
             for begun in range(0, steps, size):
                 state, traces = jax.block_until_ready(compiled(captured, state, each))
                 pieces.append(traces)
                 show(min(size, steps - begun))
-                if not bool(jnp.any(state.alive)) or (callback is not None and callback(so_far()[1]) is True):
+                if not bool(jnp.any(state.alive)) or (callback is not None and _wants_an_end(callback(so_far()[1]))):
                     break
         except KeyboardInterrupt:
             if not pieces:
                 raise
-            reason = f"interrupted after {int(jnp.max(state.step))} of {steps} steps; what there is is returned."
+            reasons.append(f"interrupted after {int(jnp.max(state.step))} of {steps} steps; what there is is returned.")
     runs, best = so_far()
     if not bool(jnp.all(runs.finite)):
-        reason = lanes.told(runs)
-    if reason:
-        warnings.warn(f"maximize: {reason}", StoppedWarning, stacklevel=2)
+        reasons.append(lanes.told(runs, best))
+    if reasons:
+        warnings.warn(f"maximize: {' '.join(reasons)}", StoppedWarning, stacklevel=2)
     return best
 
 
@@ -235,7 +237,7 @@ class _Problem:
             return thing
 
         self.objective = (lambda x: objective(x, item)) if takes_item else objective
-        self.besides = f" and an item {_shapes(item)}" if takes_item else ""
+        self.besides = f" and the item {_shapes(item)}" if takes_item else ""
         self.parametrisation = as_parametrisation(made(parametrisation))
         self.optimizer = made(optimizer)
         if not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
@@ -253,25 +255,35 @@ class _Problem:
 
     def check(self, key) -> None:
         """Errors for what does not have the right form, before anything runs."""
-        code = jax.eval_shape(self.parametrisation.init, key)
-        again = jax.eval_shape(self.allowed, code)
+        code = self.called("init of the parametrisation", self.parametrisation.init, key)
+        for leaf in jax.tree.leaves(code):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ArgumentError(f"The code is {_shapes(code)}, but has to be real floating-point arrays.")
+        again = self.called("projection", self.allowed, code)
         if jax.tree.map(_form, again) != jax.tree.map(_form, code):
             raise ArgumentError(f"The projection makes {_shapes(again)} of a code {_shapes(code)}: it has to keep its form.")
-        x = jax.eval_shape(self.parametrisation.decode, code)
+        x = seen = self.called("decode of the parametrisation", self.parametrisation.decode, code)
         for transform in self.transforms:
-            x = jax.eval_shape(transform, key, x)
-        try:
-            value = jax.eval_shape(self.objective, x)
-        except Exception as error:
-            error.add_note(f"relprop.maximize called the objective with an input {_shapes(x)}{self.besides}.")
-            raise
-        leaves = jax.tree.leaves(value)
-        if len(leaves) != 1 or jnp.shape(leaves[0]) != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-            given = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or repr(value)
+            seen = self.called("transform", transform, key, seen)
+        for prior in self.log_priors:
+            self.called("log_prior", lambda x, prior=prior: total(prior(x)), x)
+        value = self.called("objective", self.objective, seen, note=self.besides)
+        if not isinstance(value, jax.ShapeDtypeStruct) or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ArgumentError(
-                f"The objective returns {given}, but has to return one real number, float[]: pick an element such as "
-                f"`fn(x)[0, 3]`, or take a sum. Its input is {_shapes(x)}."
+                f"The objective returns {_shapes(value)}, but has to return one real number, float[]: pick an element such "
+                f"as `fn(x)[0, 3]`, or take a sum. Its input is {_shapes(seen)}."
             )
+        if jax.tree.map(_form, x) != jax.tree.map(_form, seen):
+            note = f"{self.besides}: the value that is returned is without transforms, so it has to take that, too"
+            self.called("objective", self.objective, x, note=note)
+
+    def called(self, name: str, function, *args, note: str = ""):
+        """The form of what a function returns; its errors say what it was called with."""
+        try:
+            return jax.eval_shape(function, *args)
+        except Exception as error:
+            error.add_note(f"relprop.maximize called the {name} with {_shapes(args[-1])}{note}.")
+            raise
 
     def allowed(self, code):
         code = projection_of(self.parametrisation, code)
@@ -305,7 +317,8 @@ class _Problem:
         running = state.alive & (state.step < steps)
         finite = running & jnp.isfinite(loss)
         moved = finite & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(code)]).all()
-        nothing = jnp.full_like(value, jnp.nan)
+        # NaN after a stop; turns beyond the last step are cut off.
+        nothing = _where(state.alive, jnp.zeros_like(value), jnp.full_like(value, jnp.nan))
         trace = jnp.where(running, value, nothing), jnp.where(running, -loss, nothing)
         return _State(
             code=_where(moved, code, state.code),
@@ -385,14 +398,17 @@ class _Lanes:
         )
         if self.restarts == 1:
             return runs
-        best = jnp.argmax(jnp.where(runs.finite, runs.value + runs.log_prior, jnp.full_like(runs.value, -jnp.inf)), -1)
+        # Those that stopped count only where all of them did.
+        score = runs.value + runs.log_prior
+        counts = ~jnp.isnan(score) & (runs.finite | ~runs.finite.any(-1, keepdims=True))
+        best = jnp.argmax(jnp.where(counts, score, jnp.full_like(score, -jnp.inf)), -1)
 
         def pick(leaf, best):
             return leaf[best]
 
         return jax.tree.map(lambda leaf: (pick if self.each is None else jax.vmap(pick))(leaf, best), runs)
 
-    def told(self, runs: Maximum) -> str:
+    def told(self, runs: Maximum, best: Maximum) -> str:
         """What happened where values were not finite."""
         stopped = np.argwhere(~np.asarray(runs.finite))
         step = int(runs.steps[tuple(stopped[0])]) + 1
@@ -401,15 +417,24 @@ class _Lanes:
             names = (["item"] if self.each is not None else []) + (["restart"] if self.restarts > 1 else [])
             named = ", ".join(f"{name} {i}" for name, i in zip(names, stopped[0], strict=True))
             place = f" ({len(stopped)} of {math.prod(self.axes)} runs, the first is {named})"
+        others = bool(jnp.all(best.finite))
+        returned = "Another restart is returned" if others else "The last finite state is returned"
         when = f"at step {step}" if step else "at the start"
         return (
-            f"the objective, a prior or their gradient is not finite {when}{place}. The last finite state is returned: look "
-            "at the objective there, or take smaller steps (a smaller learning rate, optax.clip_by_global_norm)."
+            f"the objective, a prior or their gradient is not finite {when}{place}. {returned}: look at the objective "
+            "there, or take smaller steps (a smaller learning rate, optax.clip_by_global_norm)."
         )
 
 
 def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _wants_an_end(answer: Any) -> bool:
+    """Whether a callback returned something true; an array has to be one value."""
+    if np.size(answer) != 1:
+        raise ArgumentError(f"The callback returned {_shapes(answer)}: to end the run or not has to be one truth value.")
+    return bool(answer)
 
 
 def _several(given: Any) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import ArgumentError
 
@@ -174,7 +175,7 @@ class Maco(Parametrisation):
 
     No image of this kind has the high frequencies in which activation maximisation hides. The magnitudes are kept exactly:
     phases of a real image are antisymmetric, so those on the edges of the half spectrum, where both of a pair are held, are
-    made so. The image keeps its mean.
+    made so. The mean of the image has the sign of that of `start`; without one it is not negative.
 
     Args:
         magnitude: (height, width // 2 + 1, channels), not negative, the absolute values of `jax.numpy.fft.rfft2`.
@@ -265,7 +266,7 @@ class Code(Parametrisation):
     high: Any = None
 
     def __post_init__(self):
-        start = jnp.zeros(self.start) if isinstance(self.start, int) else self.start
+        start = jnp.zeros(self.start) if isinstance(self.start, int | np.integer) else self.start
         object.__setattr__(self, "start", floating(start, "start"))
         for name, function in (("generator", self.generator), ("prior", self.prior)):
             if not (callable(function) or (name == "prior" and function is None)):
@@ -300,8 +301,8 @@ class Several(Parametrisation):
 
     def __post_init__(self):
         object.__setattr__(self, "parametrisation", as_parametrisation(self.parametrisation))
-        if self.count < 1:
-            raise ArgumentError(f"count={self.count} has to be 1 at least.")
+        if not isinstance(self.count, int) or self.count < 1:
+            raise ArgumentError(f"count={self.count!r} has to be an integer, 1 at least.")
 
     def init(self, key):
         return jax.vmap(self.parametrisation.init)(jax.random.split(key, self.count))
@@ -341,7 +342,10 @@ def colour_matrix(images: Any) -> jax.Array:
     samples = jnp.asarray(images).reshape(-1, jnp.shape(images)[-1])
     variances, directions = jnp.linalg.eigh(jnp.atleast_2d(jnp.cov(samples, rowvar=False, bias=True)))
     root = (directions * jnp.sqrt(jnp.maximum(variances, 0))[None, :])[:, ::-1]
-    return root / jnp.linalg.norm(root[:, 0])
+    length = jnp.linalg.norm(root[:, 0])
+    if not isinstance(length, jax.core.Tracer) and not float(length) > 0:
+        raise ArgumentError("The colours of these images do not vary: they have no principal directions.")
+    return root / length
 
 
 def as_parametrisation(given: Any) -> Any:

@@ -45,7 +45,8 @@ def dgn_am(
 
     Args:
         generator: a function of the code.
-        start: the code to start from, or its length n, for one drawn from N(0, noise^2).
+        start: the code to start from, or its length n, for 0; noise of that standard deviation is added. The start is
+            clipped and multiplied by `decay`, too.
         high, low: bounds of the code. The authors' code is an activation behind a relu, with low = 0 and high the mean plus
             3 standard deviations of each unit over a dataset.
         steps, learning_rate, decay, noise: by default those of the authors, for their generator of fc6 of CaffeNet.
@@ -80,8 +81,8 @@ def facets(images: Any, count: int, *, features: Any = None, nearest: int = 15, 
     """Starting points for several prototypes of one class that differ: means of images that are alike.
 
     The images of a class are clustered (k-means), and for each cluster the `nearest` images to its centre are averaged:
-    start from each of them, `maximize(objective, ForEach(Pixel), each=facets(images, 4))`. Needs scikit-learn (extra
-    `examples`).
+    start from each of them, `maximize(lambda x, _: objective(x), ForEach(Pixel), each=facets(images, 4))`. Needs
+    scikit-learn (extra `examples`).
 
     Args:
         images: (N, ...), of one class.
@@ -114,6 +115,11 @@ def facets(images: Any, count: int, *, features: Any = None, nearest: int = 15, 
     from sklearn.cluster import KMeans
 
     flat = compared.reshape(len(compared), -1).astype(np.float64)
+    distinct = len(np.unique(flat, axis=0))
+    if distinct < count:
+        raise ArgumentError(
+            f"Only {distinct} of {len(flat)} images (or their features) are distinct: too few for count={count}."
+        )
     clusters = KMeans(count, n_init=4, random_state=seed).fit(flat)
     found = []
     for cluster in np.argsort(-np.bincount(clusters.labels_, minlength=count), kind="stable"):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import ArgumentError
+from ..surrogate import widen
 from .parametrisations import SPACE
 
 __all__ = ["L2", "Diversity", "Gaussian", "TotalVariation"]
@@ -183,9 +184,10 @@ class Diversity:
                 "Diversity compares several inputs along the first axis, (count, ...) with count >= 2, not "
                 f"{jnp.shape(compared)}: use it with the parametrisation Several(one, count)."
             )
-        flat = compared.reshape(len(compared), -1)
-        flat = flat / jnp.sqrt(jnp.square(flat).sum(1, keepdims=True) + jnp.finfo(flat.dtype).tiny)
+        flat = widen(compared.reshape(len(compared), -1))
+        squares = jnp.square(flat).sum(1, keepdims=True)  # an input of 0 is like no other, and has no gradient
+        flat = flat / jnp.sqrt(jnp.where(squares > 0, squares, jnp.ones_like(squares)))
         similar = flat @ flat.T
         count = len(flat)
         mean = (similar.sum() - jnp.trace(similar)) / (count * (count - 1))
-        return -jnp.asarray(self.strength, mean.dtype) * mean
+        return (-jnp.asarray(self.strength, mean.dtype) * mean).astype(compared.dtype)
