@@ -159,6 +159,7 @@ ERRORS = {
     "start": (lambda: RBM.sample(KEY, 3, start=X), r"start holds \(7,\) examples, but count=3"),
     "integers": (lambda: fit_rbm(jnp.ones((4, 2), int), key=KEY), r"int64\[4, 2\].*floating-point"),
     "one example": (lambda: fit_rbm(X[:1], key=KEY), "N >= 2"),
+    "indefinite": (lambda: GaussianRBM(RBM.weights, RBM.bias, -RBM.precision, RBM.mean).sample(KEY, 2), "positive definite"),
     "nan": (lambda: fit_rbm(X * jnp.nan, key=KEY), "not finite"),
     "hidden": (lambda: fit_rbm(X, 0, key=KEY), "hidden=0 has to be above 0"),
     "noise": (lambda: fit_rbm(X, key=KEY, noise=0.0), r"noise=0\.0 has to be above 0"),

@@ -47,7 +47,7 @@ def ascend(objective=quadratic, parametrisation=None, optimizer=SGD, steps=20, *
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "lbfgs", "scheduled"])
-def test_a_quadratic_reaches_its_maximiser(name, default_promotion):
+def test_a_quadratic_reaches_its_maximiser(name):
     optimizer = {
         "adam": optax.adam(0.05),
         "sgd": optax.sgd(0.2),
@@ -59,7 +59,7 @@ def test_a_quadratic_reaches_its_maximiser(name, default_promotion):
     assert_allclose(found.value, 0, atol=1e-6)
 
 
-def test_the_default_optimiser_is_adam(default_promotion):
+def test_the_default_optimiser_is_adam():
     assert_array_equal(rp.maximize(quadratic, jnp.zeros(5)).input, ascend(optimizer=optax.adam(0.05), steps=500).input)
 
 

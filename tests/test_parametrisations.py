@@ -303,6 +303,8 @@ ERRORS = {
     "pixel: nothing": (lambda: Pixel(()), "holds no arrays"),
     "code: generator": (lambda: Code(3.0, 2), "generator=3.0 has to be a function"),
     "code: prior": (lambda: Code(jnp.exp, 2, prior=0.1), "prior=0.1 has to be a function"),
+    "code: bounds": (lambda: Code(jnp.exp, 2, low=1.0, high=jnp.array([2.0, 0.0])), r"low=1\.0 is above high="),
+    "maco: integers": (lambda: Maco(jnp.ones((4, 3, 1), int), 4), "magnitude holds int64"),
     "several: none": (lambda: Several(Pixel(X), 0), "count=0"),
     "colours: matrix": (lambda: colours(jnp.ones(3)), r"shape \(3,\)"),
     "variation: vector": (
@@ -310,6 +312,7 @@ ERRORS = {
         r"\(\.\.\., height, width, channels\), not the shape \(3,\)",
     ),
     "gaussian: precision": (lambda: Gaussian(X, jnp.eye(3)), r"\(3, 3\).*\(16, 16\)"),
+    "gaussian: indefinite": (lambda: Gaussian(jnp.zeros(2), jnp.diag(jnp.array([1.0, -1.0]))), "not positive definite"),
     "gaussian: example": (lambda: Gaussian(X, jnp.eye(16))(jnp.ones((2, 3))), r"\(4, 4, 1\), but is given \(2, 3\)"),
     "gaussian: noise": (lambda: Gaussian.fit(X, noise=0.0), "noise > 0"),
     "diversity: one": (lambda: Diversity()(jnp.ones((1, 3))), r"Several\(one, count\)"),
@@ -342,3 +345,15 @@ def test_single_precision_is_kept():
         assert mapped.decode(mapped.init(KEY)).dtype == jnp.float32
     for prior in (L2(), TotalVariation(), Gaussian(start[:2, :1], jnp.eye(6)), Diversity()):
         assert prior(start[:2, :1] if isinstance(prior, Gaussian) else start).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_spectra_of_half_precision_are_single(dtype):
+    start = image(8, 8, 3).astype(dtype)
+    phases = Maco.of(start[None], start=start, noise=0.0)
+    for parametrisation in (Fourier((8, 8, 3), noise=0.0, start=start), phases):
+        x = parametrisation.decode(parametrisation.init(KEY))
+        assert x.dtype == jnp.float32
+        assert_allclose(x, start.astype(jnp.float32), atol=1e-6)
+        found = rp.maximize(lambda x: x.sum(), parametrisation.then(lambda x: x.astype(dtype)), steps=2)
+        assert found.input.dtype == dtype

@@ -310,10 +310,13 @@ class _Problem:
         """One step, if it is one of `steps` and all before were finite; and the objective and the score before it."""
         key = jax.random.fold_in(state.key, state.step)
         (loss, value), slope = jax.value_and_grad(self.loss, has_aux=True)(state.code, key)
-        updates, memory = self.optimizer.update(
-            slope, state.optimizer, state.code, value=loss, grad=slope, value_fn=lambda code: self.loss(code, key)[0]
-        )
-        code = self.allowed(optax.apply_updates(state.code, updates))
+        # Optimisers of optax mix integers and widths: they are written for the standard promotion.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, memory = self.optimizer.update(
+                slope, state.optimizer, state.code, value=loss, grad=slope, value_fn=lambda code: self.loss(code, key)[0]
+            )
+            code = optax.apply_updates(state.code, updates)
+        code = self.allowed(code)
         running = state.alive & (state.step < steps)
         finite = running & jnp.isfinite(loss)
         moved = finite & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(code)]).all()

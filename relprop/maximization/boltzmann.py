@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from ..errors import ArgumentError
+from .priors import cholesky
 
 __all__ = ["GaussianRBM", "fit_rbm"]
 
@@ -81,7 +82,7 @@ class GaussianRBM:
             networks, ICML 2008.
         """
         hidden, features = self.weights.shape
-        root = jnp.linalg.cholesky(self.precision)
+        root = cholesky(self.precision)
         # log of the integral of exp(-x^T P x / 2)
         integral = features * math.log(2 * math.pi) / 2 - jnp.log(jnp.diagonal(root)).sum()
         reach = jax.scipy.linalg.solve_triangular(root, self.weights.T, lower=True)  # W Sigma W^T = reach^T reach
@@ -96,7 +97,7 @@ class GaussianRBM:
             raise ArgumentError(
                 f"With {hidden} hidden units the partition function is sampled: give a key, log_partition(key)."
             )
-        logs = _anneal(self, key, chains, temperatures) + integral + hidden * math.log(2)
+        logs = _anneal(self, root, key, chains, temperatures) + integral + hidden * math.log(2)
         estimate = jax.scipy.special.logsumexp(logs) - math.log(chains)
         relative = jnp.exp(logs - estimate)
         return estimate, jnp.std(relative) / math.sqrt(chains)
@@ -116,7 +117,7 @@ class GaussianRBM:
         given = None if start is None else self._flat(start).astype(self.precision.dtype)
         if given is not None and given.shape[:-1] != (count,):
             raise ArgumentError(f"start holds {given.shape[:-1]} examples, but count={count}.")
-        return _gibbs(self, key, given, count, steps)
+        return _gibbs(self, cholesky(self.precision), key, given, count, steps)
 
     def _flat(self, x: jax.Array) -> jax.Array:
         """Examples as vectors (..., features), counted from the mean."""
@@ -285,9 +286,8 @@ def _given(rbm: GaussianRBM, root: jax.Array, on: jax.Array, key: jax.Array, sca
     return solve(inner, trans=1).T
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _gibbs(rbm: GaussianRBM, key, start, count: int, steps: int):
-    root = jnp.linalg.cholesky(rbm.precision)
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _gibbs(rbm: GaussianRBM, root, key, start, count: int, steps: int):
     first, second, later = jax.random.split(key, 3)
     if start is None:
         on = jax.random.bernoulli(first, 0.5, (count, len(rbm.bias))).astype(root.dtype)
@@ -296,10 +296,9 @@ def _gibbs(rbm: GaussianRBM, key, start, count: int, steps: int):
     return x.reshape(count, *rbm.mean.shape) + rbm.mean[None]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _anneal(rbm: GaussianRBM, key, chains: int, temperatures: int):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _anneal(rbm: GaussianRBM, root, key, chains: int, temperatures: int):
     """The logarithms of the importance weights of `chains` runs, against the machine with W and b at 0."""
-    root = jnp.linalg.cholesky(rbm.precision)
     dtype = root.dtype
     first, later = jax.random.split(key)
     x = _given(rbm, root, jnp.zeros((chains, len(rbm.bias)), dtype), first)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import ArgumentError
+from ..surrogate import widen
 
 __all__ = [
     "IMAGENET_COLOURS",
@@ -202,7 +203,7 @@ class Maco(Parametrisation):
     noise: Any = 1.0
 
     def __post_init__(self):
-        magnitude = jnp.asarray(self.magnitude)
+        magnitude = widen(floating(self.magnitude, "magnitude"))
         if magnitude.ndim != 3 or magnitude.shape[1] != self.width // 2 + 1:
             raise ArgumentError(
                 f"The magnitude has the shape {magnitude.shape}; for images of width {self.width} it has to be "
@@ -219,6 +220,8 @@ class Maco(Parametrisation):
         images = jnp.asarray(images)
         if images.ndim != 4 or not len(images):
             raise ArgumentError(f"images have the shape {images.shape}, not (N, height, width, channels), one at least.")
+        if images.dtype.itemsize < 4:
+            images = images.astype(jnp.float32)
         return cls(jnp.abs(jnp.fft.rfft2(images, axes=SPACE)).mean(0), images.shape[2], **options)
 
     def init(self, key):
@@ -271,6 +274,10 @@ class Code(Parametrisation):
         for name, function in (("generator", self.generator), ("prior", self.prior)):
             if not (callable(function) or (name == "prior" and function is None)):
                 raise ArgumentError(f"{name}={function!r} has to be a function of the code.")
+        if self.low is not None and self.high is not None:
+            crossed = jnp.asarray(self.low) > jnp.asarray(self.high)
+            if not isinstance(crossed, jax.core.Tracer) and crossed.any():
+                raise ArgumentError(f"low={self.low} is above high={self.high}: no code lies between these bounds.")
 
     def init(self, key):
         return noisy(self.start, self.noise, key)
@@ -406,7 +413,8 @@ def image_shape(shape: Any) -> None:
 
 
 def start_image(start: Any, shape: tuple[int, ...]) -> jax.Array:
+    """An image to take a spectrum of: in float32 at least, as there is no Fourier transform of half precision."""
     start = floating(start, "start")
     if jnp.shape(start) != tuple(shape):
         raise ArgumentError(f"The image to start from has the shape {jnp.shape(start)}, but has to have {tuple(shape)}.")
-    return start
+    return widen(start)

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import ArgumentError
 from ..surrogate import widen
@@ -124,7 +125,7 @@ class Gaussian:
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "precision", precision)
         if self.log_normaliser is None:
-            constant = (jnp.linalg.slogdet(precision)[1] - mean.size * math.log(2 * math.pi)) / 2
+            constant = jnp.log(jnp.diagonal(cholesky(precision))).sum() - mean.size * math.log(2 * math.pi) / 2
             object.__setattr__(self, "log_normaliser", constant)
 
     @classmethod
@@ -191,3 +192,14 @@ class Diversity:
         count = len(flat)
         mean = (similar.sum() - jnp.trace(similar)) / (count * (count - 1))
         return (-jnp.asarray(self.strength, mean.dtype) * mean).astype(compared.dtype)
+
+
+def cholesky(precision: jax.Array) -> jax.Array:
+    """The lower triangular root of a precision matrix; an error where it is not positive definite."""
+    root = jnp.linalg.cholesky(precision)
+    if not isinstance(root, jax.core.Tracer) and not np.isfinite(root).all():
+        raise ArgumentError(
+            f"The precision {precision.shape} is not positive definite in {precision.dtype}: it belongs to no density. Is it "
+            "the inverse of a covariance, with something on its diagonal for what never changes?"
+        )
+    return root
