@@ -199,7 +199,7 @@ def cholesky(precision: jax.Array) -> jax.Array:
     root = jnp.linalg.cholesky(precision)
     if not isinstance(root, jax.core.Tracer) and not np.isfinite(root).all():
         raise ArgumentError(
-            f"The precision {precision.shape} is not positive definite in {precision.dtype}: it belongs to no density. Is it "
-            "the inverse of a covariance, with something on its diagonal for what never changes?"
+            f"The precision {precision.shape} is not positive definite in {precision.dtype}: it belongs to no density. Is "
+            "it the inverse of a covariance, with something on its diagonal for what never changes?"
         )
     return root
